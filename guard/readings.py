@@ -1,0 +1,69 @@
+"""What a probe hands to the arithmetic above it: Grams, focus and log-probabilities, at checkpoints.
+
+A `Reading` is one request at one checkpoint (the serving engine makes them while it generates); `Readings` are many
+requests at one checkpoint and a `Measurement` is many requests at all of them (calibration and repair make those).
+Step 0 holds the row of the last prompt position, the one that predicts the first token; step t also holds the rows of
+the first t generated tokens. The log-probabilities are those of the tokens sampled so far, t + 1 of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+CHECKPOINTS = (0, 1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One request at one checkpoint: gram [L, H, H] fp32, focus [T_p] fp32, logprobs of step + 1 sampled tokens (nats)."""
+
+    step: int
+    gram: torch.Tensor
+    focus: torch.Tensor
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Readings:
+    """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H] fp32, logprobs [n, step + 1],
+    focus: n vectors [T_p] fp32."""
+
+    step: int
+    index: np.ndarray
+    gram: torch.Tensor
+    logprobs: np.ndarray
+    focus: list[np.ndarray]
+
+    @classmethod
+    def single(cls, reading: Reading) -> Readings:
+        """One request's reading as a batch of one."""
+        return cls(
+            reading.step,
+            np.zeros(1, dtype=np.int64),
+            reading.gram[None],
+            np.asarray([reading.logprobs], dtype=np.float64),
+            [reading.focus.numpy()],
+        )
+
+    def take(self, rows: np.ndarray) -> Readings:
+        """The requests at positions ``rows`` (int [m]) of this batch."""
+        return Readings(
+            self.step, self.index[rows], self.gram[torch.from_numpy(rows)], self.logprobs[rows],
+            [self.focus[i] for i in rows],
+        )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """n requests: prompt_len [n] tokens, the generated token ids of each, and the readings by checkpoint (a request is
+    in the readings of a checkpoint only if it got that far)."""
+
+    prompt_len: np.ndarray
+    answers: list[list[int]]
+    at: dict[int, Readings]
+
+    def __len__(self) -> int:
+        return len(self.prompt_len)
