@@ -1,0 +1,235 @@
+"""Supervised fine-tuning: the one training loop of the clinic and of the lab.
+
+Loss is the cross-entropy of the answer's tokens (EOS included) given the rendered prompt; prompt tokens carry no loss.
+Everything is fp32, seeded, and says what it does: which parameters move is passed in, batches gather examples of
+similar length, AdamW follows a linear warm-up and a cosine to zero. It is not a framework: no mixed precision, no
+checkpoints, no distribution.
+
+Shapes: R rows in a batch, T tokens (right-padded), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guard.rows import Row
+from guard.template import answer_ids, render, row_messages
+
+IGNORED = -100
+Progress = Callable[[str, int, int], None]
+"""``progress(what, done, total)``: called after every unit of work; None where nobody watches."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its answer as token ids; ``answer`` ends with EOS. Only ``answer`` is learnt."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. ``lr`` is the peak; ``batch_size`` in examples; ``warmup`` a share of all steps."""
+
+    epochs: float = 3.0
+    lr: float = 1e-3
+    batch_size: int = 16
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    seed: int = 0
+    max_steps: int | None = None
+
+
+@dataclass
+class TrainLog:
+    """What happened: mean answer loss of each step, in nats per token."""
+
+    losses: list[float] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0
+
+    def last(self, n: int = 10) -> float:
+        """Mean loss of the last ``n`` steps (nan if there were none)."""
+        tail = self.losses[-n:]
+        return sum(tail) / len(tail) if tail else math.nan
+
+
+def encode_row(tokenizer: Any, row: Row) -> Example:
+    """The example of one row: rendered prompt and the row's output."""
+    return Example(
+        tuple(render(tokenizer, row_messages(row), add_generation_prompt=True)),
+        tuple(answer_ids(tokenizer, row["output"])),
+    )
+
+
+def encode_rows(tokenizer: Any, rows: Iterable[Row]) -> list[Example]:
+    """Examples of rows, in order."""
+    return [encode_row(tokenizer, row) for row in rows]
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Right-padded batch: input_ids, attention_mask, labels, each int64 [R, T]; labels are -100 off the answers."""
+    length = max(len(e) for e in examples)
+    ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(examples), length), dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
+    for i, e in enumerate(examples):
+        ids[i, : len(e)] = torch.tensor(e.prompt + e.answer)
+        mask[i, : len(e)] = 1
+        labels[i, len(e.prompt) : len(e)] = torch.tensor(e.answer)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The tokenizer's padding id, or its EOS where it has none (padding is masked everywhere)."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return int(tokenizer.eos_token_id)
+
+
+def length_batches(examples: Sequence[Example], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """Indices of one epoch: shuffled, cut in pools of 16 batches, each pool sorted by length, batches shuffled again."""
+    order = list(range(len(examples)))
+    rng.shuffle(order)
+    pool = batch_size * 16
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool):
+        chunk = sorted(order[start : start + pool], key=lambda i: len(examples[i]))
+        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def answer_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed answer loss per row in nats [R] fp32 and number of answer tokens per row [R] int64.
+
+    logits [R, T, V], labels [R, T] with -100 where there is no loss (shifted here).
+    """
+    shifted = labels[:, 1:]
+    rows, positions = (shifted != IGNORED).nonzero(as_tuple=True)
+    picked = logits[rows, positions].float()
+    per_token = nn.functional.cross_entropy(picked, shifted[rows, positions], reduction="none")
+    sums = per_token.new_zeros(labels.shape[0]).index_add(0, rows, per_token)
+    return sums, (shifted != IGNORED).sum(1)
+
+
+def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Mean answer loss of a batch (nats per answer token) and how many answer tokens it has."""
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    sums, counts = answer_losses(out.logits, batch["labels"])
+    n = int(counts.sum())
+    return sums.sum() / max(n, 1), n
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """Linear warm-up over ``config.warmup`` of the steps, then a cosine to zero."""
+    warm = max(1, round(config.warmup * total))
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def train(
+    model: nn.Module,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    parameters: Iterable[nn.Parameter] | None = None,
+    before_step: Callable[[], None] | None = None,
+    after_step: Callable[[], None] | None = None,
+    progress: Progress | None = None,
+    what: str = "training",
+) -> TrainLog:
+    """Fine-tune ``model`` in place on ``examples``; only ``parameters`` move (default: all that require grad).
+
+    ``before_step`` / ``after_step`` run around every optimiser step (head-wise fine-tuning scales updates there).
+    Flags of ``requires_grad`` and the training mode are put back as they were. Dropout is off: a repair should not
+    depend on it, and the lab is deterministic without. Raises ValueError when there is nothing to train on.
+    """
+    if not examples:
+        raise ValueError("no training examples: at least one row with an answer is needed")
+    chosen = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    if not chosen:
+        raise ValueError("no trainable parameters were selected")
+    device = chosen[0].device
+    before = {id(p): p.requires_grad for p in model.parameters()}
+    keep = {id(p) for p in chosen}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in keep)
+    was_training = model.training
+    model.eval()
+    rng = random.Random(config.seed)
+    per_epoch = math.ceil(len(examples) / config.batch_size)
+    total = max(1, round(per_epoch * config.epochs))
+    if config.max_steps is not None:
+        total = min(total, config.max_steps)
+    optimizer = torch.optim.AdamW(chosen, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    log = TrainLog()
+    try:
+        while log.steps < total:
+            for indices in length_batches(examples, config.batch_size, rng):
+                if log.steps >= total:
+                    break
+                batch = collate([examples[i] for i in indices], pad_id, device)
+                loss, tokens = batch_loss(model, batch)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if config.clip > 0:
+                    nn.utils.clip_grad_norm_(chosen, config.clip)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(log.steps, total, config)
+                if before_step is not None:
+                    before_step()
+                optimizer.step()
+                if after_step is not None:
+                    after_step()
+                log.losses.append(float(loss.detach()))
+                log.steps += 1
+                log.tokens += tokens
+                if progress is not None:
+                    progress(what, log.steps, total)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        for p in model.parameters():
+            p.requires_grad_(before[id(p)])
+        model.train(was_training)
+    return log
+
+
+@torch.no_grad()
+def mean_answer_losses(
+    model: nn.Module, examples: Sequence[Example], *, pad_id: int, batch_size: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Per example: summed answer loss in nats [n] fp32 and number of answer tokens [n] int64 (order kept)."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    sums, counts = torch.zeros(len(examples)), torch.zeros(len(examples), dtype=torch.long)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collate([examples[i] for i in indices], pad_id, device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        s, c = answer_losses(logits, batch["labels"])
+        sums[indices], counts[indices] = s.cpu(), c.cpu()
+    model.train(was_training)
+    return sums, counts
+
+
+def perplexity(sums: Tensor, counts: Tensor) -> float:
+    """exp of the mean answer loss per token; sums [n] in nats, counts [n]."""
+    return math.exp(min(float(sums.sum() / counts.sum().clamp(min=1)), 80.0))
