@@ -1,0 +1,127 @@
+"""Fitting a profile on clean requests.
+
+The requests are cut in two at random. One half fits the signals and their tails (each fold's requests are scored by
+what the other folds fitted, so that the tails are those of requests the fit has not seen); the other half is only
+scored, and its maxima are what the conformal test ranks new requests among.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from guard.errors import CalibrationError
+from guard.focus import fit_focus
+from guard.profile import Checkpoint, Profile, ProfileKey
+from guard.readings import Measurement, Readings
+from guard.sequential import bucket_edges
+from guard.signals import SIGNALS, Signal
+from guard.similarity import fisher, pair_cosines
+from guard.tail import Tail
+
+MIN_REQUESTS = 40  # per half: below it neither a covariance nor a tail means anything
+MIN_BUCKET = 99  # held-out requests that a length bucket needs of its own: supports alpha = 0.01
+_FOLDS = 5
+
+
+def fit_profile(
+    measurement: Measurement,
+    key: ProfileKey,
+    *,
+    seed: int = 0,
+    signals: tuple[str, ...] = tuple(SIGNALS),
+    facts: Mapping[str, Any] | None = None,
+) -> Profile:
+    """Fit what is normal from n measured clean requests.
+
+    Raises CalibrationError when there are fewer than twice MIN_REQUESTS usable requests, or none reached step 0.
+    """
+    usable = _finite(measurement)
+    if len(usable) < 2 * MIN_REQUESTS:
+        raise CalibrationError(
+            f"{len(usable)} usable clean requests of {len(measurement)}: at least {2 * MIN_REQUESTS} are needed "
+            "(half to fit, half held out for the p-values), and 2/alpha for a false-alarm rate of alpha."
+        )
+    order = np.random.default_rng(seed).permutation(usable)
+    fit, held_out = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+    checkpoints = []
+    odd = []
+    for step, readings in sorted(measurement.at.items()):
+        mine = np.flatnonzero(np.isin(readings.index, fit))
+        if len(mine) < MIN_REQUESTS:
+            continue  # too few clean answers are this long: nothing can be said here
+        point = _fit_checkpoint(readings.take(mine), signals, seed)
+        checkpoints.append(point)
+        odd.append(_held_out_oddness(point, readings, held_out, signals))
+    if not checkpoints or checkpoints[0].step != 0:
+        raise CalibrationError("no clean request was measured at the last prompt position (step 0).")
+    layers, heads = measurement.at[0].gram.shape[1:3]
+    prompt_len = measurement.prompt_len[held_out]
+    return Profile(
+        key=key,
+        layers=int(layers),
+        heads=int(heads),
+        signals=signals,
+        checkpoints=tuple(checkpoints),
+        prompt_len=prompt_len.astype(np.int64),
+        odd=np.stack(odd, axis=1),
+        edges=tuple(bucket_edges(prompt_len, MIN_BUCKET)),
+        facts={
+            **(facts or {}),
+            "n_requests": len(measurement),
+            "n_fit": len(fit),
+            "n_held_out": len(held_out),
+            "n_unusable": len(measurement) - len(usable),
+            "seed": seed,
+        },
+    )
+
+
+def score(point: Checkpoint, readings: Readings, signals: tuple[str, ...]) -> np.ndarray:
+    """Oddness of n requests at a checkpoint: float64 [n, K], NaN where a signal is not finite."""
+    columns = [point.tails[n].oddness(SIGNALS[n].score(readings, point.fitted[n])) for n in signals]
+    return np.stack(columns, axis=1)
+
+
+def _finite(measurement: Measurement) -> np.ndarray:
+    """Requests whose measurements are finite at each checkpoint they reached."""
+    bad: set[int] = set()
+    for readings in measurement.at.values():
+        grams = readings.gram.flatten(1).isfinite().all(dim=1).numpy()
+        fine = grams & np.isfinite(readings.logprobs).all(axis=1)
+        bad.update(readings.index[~fine].tolist())
+    return np.asarray([i for i in range(len(measurement)) if i not in bad], dtype=np.int64)
+
+
+def _fit_checkpoint(readings: Readings, signals: tuple[str, ...], seed: int) -> Checkpoint:
+    pairs = fisher(pair_cosines(readings.gram))
+    tails = {name: Tail(np.sort(_cross_fitted(SIGNALS[name], readings, seed)), SIGNALS[name].tail) for name in signals}
+    return Checkpoint(
+        step=readings.step,
+        fitted={name: SIGNALS[name].fit(readings) for name in signals},
+        tails=tails,
+        pairs={"mean": pairs.mean(axis=0), "scale": pairs.std(axis=0) + 0.02},
+        focus=fit_focus(readings.focus),
+    )
+
+
+def _cross_fitted(signal: Signal, readings: Readings, seed: int) -> np.ndarray:
+    """Scores [n] of the fitting requests, each by a fit that did not see it."""
+    n = len(readings.index)
+    fold = np.random.default_rng(seed).permutation(n) % _FOLDS
+    scores = np.empty(n)
+    for number in range(_FOLDS):
+        inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        scores[inside] = signal.score(readings.take(inside), signal.fit(readings.take(outside)))
+    return scores
+
+
+def _held_out_oddness(
+    point: Checkpoint, readings: Readings, held_out: np.ndarray, signals: tuple[str, ...]
+) -> np.ndarray:
+    odd = np.full((len(held_out), len(signals)), np.nan)
+    mine = np.flatnonzero(np.isin(readings.index, held_out))
+    odd[np.searchsorted(held_out, readings.index[mine])] = score(point, readings.take(mine), signals)
+    return odd

@@ -1,0 +1,108 @@
+"""The sequential detector: readings of one request go in, a verdict comes out at each checkpoint.
+
+Measured numbers become oddness (`calibration.score`), oddness becomes a running maximum, and the maximum becomes a
+conformal p-value (`sequential`). Once flagged, a request stays flagged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from guard.calibration import score
+from guard.errors import GuardError
+from guard.focus import focus_spans
+from guard.profile import Checkpoint, Profile
+from guard.readings import Reading, Readings
+from guard.sequential import Bucket, check_alpha, find_bucket
+from guard.similarity import fisher, pair_cosines, per_head
+from guard.verdict import HeadScore, Verdict, Window, unscored
+
+_TOP_HEADS = 5
+
+
+@dataclass
+class Track:
+    """One request on its way: its length bucket, the running maximum and the latest verdict. Owned by the caller."""
+
+    bucket: Bucket | None
+    verdict: Verdict
+    maximum: float = -1.0
+    signal: str | None = None
+    measured: bool = False
+
+
+class Detector:
+    """Watches requests of one revision under one window and alpha.
+
+    Raises AlphaTooFine when the profile cannot support ``alpha``; GuardError for a window without checkpoints.
+    ``signals`` restricts the test to some of the profile's signals (for comparisons); the promise holds for each set.
+    """
+
+    def __init__(
+        self, profile: Profile, window: Window, alpha: float, signals: tuple[str, ...] | None = None
+    ) -> None:
+        self.profile = profile
+        self.window: Window = window
+        self.alpha = alpha
+        self.signals = signals or profile.signals
+        self.checkpoints = profile.within(window)
+        if not self.checkpoints:
+            raise GuardError(f"window {window!r} holds none of the profile's checkpoints {profile.steps}.")
+        self._points: dict[int, Checkpoint] = {point.step: point for point in profile.checkpoints}
+        self._buckets = profile.buckets(window, self.signals)
+        check_alpha(self._buckets, alpha)
+
+    def open(self, prompt_tokens: int) -> Track:
+        """Start watching a request with a prompt of ``prompt_tokens`` tokens."""
+        bucket = find_bucket(self._buckets, prompt_tokens)
+        if bucket is None:
+            return Track(None, self._unscored("prompt_length"))
+        return Track(bucket, self._unscored("not_measured"))
+
+    def observe(self, track: Track, reading: Reading) -> Verdict:
+        """Take in the reading of a checkpoint (others are ignored) and return the verdict so far."""
+        point = self._points.get(reading.step) if reading.step in self.checkpoints else None
+        if point is None or track.bucket is None or track.verdict.final and track.measured:
+            return track.verdict
+        odd = score(point, Readings.single(reading), self.signals)[0]
+        track.measured = True
+        if not np.isfinite(odd).all():
+            track.bucket = None
+            track.verdict = self._unscored("non_finite", reading.step)
+            return track.verdict
+        if odd.max() > track.maximum:
+            track.maximum, track.signal = float(odd.max()), self.signals[int(odd.argmax())]
+        p_value = track.bucket.p_value(track.maximum)
+        flagged = p_value <= self.alpha
+        track.verdict = Verdict(
+            status="flagged" if flagged else "clean",
+            alpha=self.alpha,
+            step=reading.step,
+            window=self.window,
+            final=flagged or reading.step == self.checkpoints[-1],
+            p_value=p_value,
+            signal=track.signal,
+            heads=self._heads(point, reading) if flagged else (),
+            spans=focus_spans(reading.focus.numpy(), point.focus) if flagged else (),
+            profile=self.profile.digest[:12],
+        )
+        return track.verdict
+
+    def close(self, track: Track) -> Verdict:
+        """The request has ended: its verdict is final. One that was never measured is unscored, not clean."""
+        track.verdict = track.verdict.closed()
+        return track.verdict
+
+    def _unscored(self, reason: str, step: int = 0) -> Verdict:
+        return unscored(reason, alpha=self.alpha, window=self.window, step=step, profile=self.profile.digest[:12])
+
+    def _heads(self, point: Checkpoint, reading: Reading) -> tuple[HeadScore, ...]:
+        """The heads whose similarities to their layer's others are furthest from normal, mean |z| over partners."""
+        pairs = fisher(pair_cosines(reading.gram[None]))[0]
+        z = np.abs((pairs - point.pairs["mean"]) / point.pairs["scale"])
+        by_head = per_head(z, self.profile.layers, self.profile.heads)
+        top = np.argsort(by_head, axis=None)[::-1][:_TOP_HEADS]
+        places = [np.unravel_index(i, by_head.shape) for i in top]
+        return tuple(HeadScore(int(la), int(h), float(by_head[la, h])) for la, h in places)

@@ -1,0 +1,186 @@
+"""The profile: what is normal for one base, adapter, engine, dtype and probe, and nothing else.
+
+It is one safetensors file: arrays fitted on clean requests, and a JSON text in the metadata that says what it was
+fitted for. Whoever loads it must say what is being served, and a difference in any field is an error, because a
+threshold that belongs to another model is worse than none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from guard.errors import ProfileMismatch
+from guard.sequential import Bucket, check_alpha, make_buckets
+from guard.signals import SIGNALS
+from guard.tail import Tail
+from guard.verdict import Window
+
+FORMAT = "headguard.profile/1"
+NO_ADAPTER = "none"
+
+
+@dataclass(frozen=True)
+class ProfileKey:
+    """What a profile belongs to: digests (64 hex; adapter may be "none"), engine, dtype and probe configuration."""
+
+    base: str
+    adapter: str
+    engine: str
+    dtype: str
+    probe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Normal at one step: arrays per signal, tails per signal, pair mean and deviation [pairs], focus at the edges."""
+
+    step: int
+    fitted: Mapping[str, Mapping[str, np.ndarray]]
+    tails: Mapping[str, Tail]
+    pairs: Mapping[str, np.ndarray]
+    focus: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """See the module. ``odd`` [n, C, K] is the oddness of the n held-out clean requests at each checkpoint and signal
+    (NaN where a request had ended before), ``prompt_len`` [n] their prompt tokens, ``edges`` the length buckets."""
+
+    key: ProfileKey
+    layers: int
+    heads: int
+    signals: tuple[str, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    prompt_len: np.ndarray
+    odd: np.ndarray
+    edges: tuple[int, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Generated tokens read at each checkpoint."""
+        return tuple(checkpoint.step for checkpoint in self.checkpoints)
+
+    def within(self, window: Window) -> tuple[int, ...]:
+        """Steps of the checkpoints that a window holds; the row of the last prompt position (step 0) is in each."""
+        last = {"prefill": 0, "all": max(self.steps)}.get(window, window) if isinstance(window, str) else window
+        return tuple(step for step in self.steps if step <= int(last))
+
+    def buckets(self, window: Window, signals: tuple[str, ...] | None = None) -> tuple[Bucket, ...]:
+        """Final maxima of the held-out requests by length, over the checkpoints of a window and the named signals."""
+        steps = self.within(window)
+        rows = [i for i, c in enumerate(self.checkpoints) if c.step in steps]
+        columns = [self.signals.index(name) for name in signals or self.signals]
+        odd = self.odd[:, rows][:, :, columns].reshape(len(self.odd), -1)
+        return make_buckets(self.prompt_len, np.nanmax(odd, axis=1), list(self.edges))
+
+    def smallest_alpha(self, window: Window = "all") -> float:
+        """The finest false-alarm rate that every length bucket supports."""
+        return max(bucket.smallest_p for bucket in self.buckets(window))
+
+    def check_alpha(self, alpha: float, window: Window = "all") -> None:
+        """Raise AlphaTooFine when the calibration cannot support ``alpha``."""
+        check_alpha(self.buckets(window), alpha)
+
+    def check(self, key: ProfileKey) -> None:
+        """Raise ProfileMismatch naming every field in which what is served differs from what was calibrated."""
+        mine, served = asdict(self.key), asdict(key)
+        wrong = [f"{n}: calibrated {_short(mine[n])}, served {_short(served[n])}" for n in mine if mine[n] != served[n]]
+        if wrong:
+            raise ProfileMismatch(
+                f"profile {self.digest[:12]} was not fitted for this: {'; '.join(wrong)}. Run `headguard calibrate`."
+            )
+
+    def save(self, path: str | Path) -> str:
+        """Write the profile; returns its digest (sha256 of the file, 64 hex)."""
+        arrays: dict[str, np.ndarray] = {"held_out/prompt_len": self.prompt_len, "held_out/odd": self.odd}
+        for point in self.checkpoints:
+            groups = {**{f"signal/{n}": a for n, a in point.fitted.items()}, "pairs": point.pairs, "focus": point.focus}
+            for group, named in groups.items():
+                arrays.update({f"{point.step}/{group}/{name}": array for name, array in named.items()})
+            arrays.update({f"{point.step}/tail/{name}": tail.clean for name, tail in point.tails.items()})
+        about = {
+            "format": FORMAT,
+            "key": asdict(self.key),
+            "layers": self.layers,
+            "heads": self.heads,
+            "signals": self.signals,
+            "steps": self.steps,
+            "edges": self.edges,
+            "facts": dict(self.facts),
+        }
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(contiguous, part, metadata={"headguard": json.dumps(about, sort_keys=True)})
+        part.replace(path)
+        return file_digest(path)
+
+    @classmethod
+    def load(cls, path: str | Path, key: ProfileKey | None = None) -> Profile:
+        """Read a profile, and check it against what is served when ``key`` is given.
+
+        Raises ProfileMismatch when the file is not a profile of this version, or belongs to something else.
+        """
+        path = Path(path)
+        try:
+            with safe_open(path, framework="np") as file:
+                about = json.loads((file.metadata() or {}).get("headguard", "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise ProfileMismatch(f"{path.name} is not a readable profile: {error}") from error
+        if about.get("format") != FORMAT:
+            raise ProfileMismatch(f"{path.name} is not a profile of format {FORMAT}: found {about.get('format')!r}.")
+        unknown = [name for name in about["signals"] if name not in SIGNALS]
+        if unknown:
+            raise ProfileMismatch(f"{path.name} uses signals unknown here: {', '.join(unknown)}. Calibrate again.")
+        profile = cls(
+            key=ProfileKey(**about["key"]),
+            layers=about["layers"],
+            heads=about["heads"],
+            signals=tuple(about["signals"]),
+            checkpoints=tuple(_checkpoint(step, about["signals"], arrays) for step in about["steps"]),
+            prompt_len=arrays["held_out/prompt_len"],
+            odd=arrays["held_out/odd"],
+            edges=tuple(about["edges"]),
+            facts=about["facts"],
+            digest=file_digest(path),
+        )
+        if key is not None:
+            profile.check(key)
+        return profile
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, 64 hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _checkpoint(step: int, signals: list[str], arrays: Mapping[str, np.ndarray]) -> Checkpoint:
+    def group(prefix: str) -> dict[str, np.ndarray]:
+        start = f"{step}/{prefix}/"
+        return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+
+    clean = group("tail")
+    return Checkpoint(
+        step=step,
+        fitted={name: group(f"signal/{name}") for name in signals},
+        tails={name: Tail(clean[name], SIGNALS[name].tail) for name in signals},
+        pairs=group("pairs"),
+        focus=group("focus"),
+    )
