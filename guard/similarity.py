@@ -10,21 +10,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from guard.gram import cosine
+
 _LARGEST = 1.0 - 1e-6  # arctanh of it is 7.25: far above any cosine two distinct heads were seen to reach
-
-
-def cosines(gram: torch.Tensor) -> torch.Tensor:
-    """Cosine of all head pairs: gram [..., L, H, H] -> [..., L, H, H] in [0, 1]; heads that saw nothing give 0."""
-    norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    scale = norm[..., :, None] * norm[..., None, :]
-    return torch.where(scale > 0, gram / scale.clamp_min(1e-30), torch.zeros_like(gram)).clamp(0.0, 1.0)
 
 
 def pair_cosines(gram: torch.Tensor) -> np.ndarray:
     """Cosines of the pairs h < j of each layer: gram [n, L, H, H] -> float64 [n, L * H * (H - 1) / 2]."""
     heads = gram.shape[-1]
     upper = torch.triu_indices(heads, heads, offset=1)
-    return cosines(gram)[..., upper[0], upper[1]].flatten(1).double().cpu().numpy()
+    return cosine(gram)[..., upper[0], upper[1]].flatten(1).double().cpu().numpy()
 
 
 def fisher(cosine: np.ndarray) -> np.ndarray:

@@ -1,0 +1,59 @@
+"""Measurements drawn from a known distribution, so that what the guard must find is known too."""
+
+import numpy as np
+import pytest
+import torch
+
+from guard.profile import ProfileKey
+from guard.readings import CHECKPOINTS, Measurement, Reading, Readings
+
+LAYERS, HEADS = 2, 8
+
+
+def draw_rows(rng: np.random.Generator, tokens: int, together: float = 0.0) -> torch.Tensor:
+    """Attention rows [L, H, T_p] that sum to at most 1; ``together`` pulls all heads to prompt tokens 20 and 21."""
+    rows = rng.dirichlet(np.full(tokens, 0.3), size=(LAYERS, HEADS))
+    common = np.zeros(tokens)
+    common[[20, 21]] = 0.5
+    return torch.from_numpy((1 - together) * rows + together * common).float()
+
+
+def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, list[Reading]]:
+    """One request: prompt tokens, and its readings at every checkpoint before its answer ends."""
+    tokens, answer = int(rng.integers(40, 60)), int(rng.integers(3, 40))
+    gram, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(tokens)
+    readings, logprobs = [], []
+    for step in range(answer):
+        rows = draw_rows(rng, tokens, together)
+        gram, focus = gram + rows @ rows.mT, focus + rows.sum((0, 1))
+        logprobs.append(float(-rng.exponential(0.2)))
+        if step in CHECKPOINTS:
+            readings.append(Reading(step, gram.clone(), focus.clone(), tuple(logprobs)))
+    return tokens, readings
+
+
+def draw_measurement(rng: np.random.Generator, requests: int) -> Measurement:
+    """``requests`` clean requests as a Measurement."""
+    drawn = [draw_request(rng) for _ in range(requests)]
+    at = {}
+    for step in CHECKPOINTS:
+        there = [(i, r) for i, (_, rs) in enumerate(drawn) for r in rs if r.step == step]
+        if there:
+            at[step] = Readings(
+                step,
+                np.asarray([i for i, _ in there]),
+                torch.stack([r.gram for _, r in there]),
+                np.asarray([r.logprobs for _, r in there]),
+                [r.focus.numpy() for _, r in there],
+            )
+    return Measurement(np.asarray([tokens for tokens, _ in drawn]), [[] for _ in drawn], at)
+
+
+@pytest.fixture(scope="session")
+def key() -> ProfileKey:
+    return ProfileKey("b" * 64, "a" * 64, "transformers", "float32", {"rows": "last_prompt+generated"})
+
+
+@pytest.fixture(scope="session")
+def clean() -> Measurement:
+    return draw_measurement(np.random.default_rng(0), 400)
