@@ -1,0 +1,1 @@
+"""The lab: small models and backdoors made here from a seed, so that every claim can be tested offline."""
