@@ -78,11 +78,16 @@ class Runner:
         base_dir = Path(base_dir)
         if not (base_dir / "config.json").is_file():
             raise UnsupportedModel(f"{base_dir} is not a model folder: config.json is missing.")
-        model = AutoModelForCausalLM.from_pretrained(
-            str(base_dir), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
-        ).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(str(base_dir), local_files_only=True)
-        return cls(model, tokenizer, max_slots, max_len, chunk, probe, base_dir)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(base_dir), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(base_dir), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UnsupportedModel(
+                f"{base_dir} cannot be loaded: expected config.json, *.safetensors weights and a tokenizer. {error}"
+            ) from error
+        return cls(model.to(device), tokenizer, max_slots, max_len, chunk, probe, base_dir)
 
     def probe_key(self) -> dict[str, int | str]:
         """What a profile must agree on to be used with this probe's numbers."""
@@ -153,12 +158,11 @@ class Runner:
             watched = [n for n in done if observe is None or observe[alive[n]]]
             out = self._forward(
                 [slots[i] for i in alive], [start] * len(alive), ids, [names[i] for i in alive],
-                watched, last, [len(prompts[i]) for i in alive], [last[n] for n in done],
+                watched, last, [len(prompts[i]) for i in alive], done,
             )
             for n, i in enumerate(alive):
                 self._cache.lengths[slots[i]] = ends[n]
-            for n in done:
-                logits[alive[n]] = out[n, last[n]]
+            logits[[alive[n] for n in done]] = out
         return logits
 
     @torch.inference_mode()
@@ -178,10 +182,11 @@ class Runner:
         names = list(adapters) if adapters is not None else [None] * len(slots)
         watched = [n for n in range(len(slots)) if observe is None or observe[n]]
         prompt = [self.bank.prompt_tokens(slot) for slot in slots]
-        out = self._forward(slots, starts, ids, names, watched, [0] * len(slots), prompt, [0])
+        every = list(range(len(slots)))
+        logits = self._forward(slots, starts, ids, names, watched, [0] * len(slots), prompt, every)
         for slot, start in zip(slots, starts, strict=True):
             self._cache.lengths[slot] = start + 1
-        return torch.stack([out[n, 0] for n in range(len(slots))]) if len(slots) else ids.new_zeros(0, self.vocab_size)
+        return logits
 
     def free(self, slot: int) -> None:
         """Forgets what a slot held."""
@@ -197,19 +202,21 @@ class Runner:
         watched: list[int],
         query: list[int],
         prompt_len: list[int],
-        keep: list[int],
-    ) -> _Logits:
+        wanted: list[int],
+    ) -> Tensor:
         """One model call. ids [N, T_q]; row n's queries are positions starts[n] .. starts[n] + T_q - 1.
 
-        watched: rows observed by the probe at query index query[n]; keep: query indices whose logits are wanted.
+        query[n] is the index among them of the row's last real token: the probe looks there in the rows `watched`, and
+        the logits there are returned for the rows `wanted`, as [len(wanted), V] float32.
         """
         device, wide = self.device, ids.shape[1]
         columns = max(starts) + wide
         start = torch.tensor(starts, device=device)
         positions = start[:, None] + torch.arange(wide, device=device)
         mask = torch.arange(columns, device=device) <= positions[:, :, None]
-        kept = torch.tensor(sorted(set(keep)), dtype=torch.int64, device=device)
-        extra: dict[str, Any] = dict(self._revisions.keys(adapters))
+        kept = sorted({query[n] for n in wanted}) or [wide - 1]
+        extra: dict[str, Any] = {}
+        self._revisions.select(adapters)
         if self.probe and watched:
             extra[PLAN] = self._plan(slots, starts, watched, query, prompt_len)
         logits = self._revisions.model(
@@ -218,10 +225,10 @@ class Runner:
             attention_mask=mask[:, None],
             past_key_values=self._cache.view(slots, starts, columns),
             use_cache=True,
-            logits_to_keep=kept if len(kept) else 1,
+            logits_to_keep=torch.tensor(kept, device=device),
             **extra,
         ).logits
-        return _Logits(logits.float(), {q: i for i, q in enumerate(kept.tolist())})
+        return logits[wanted, [kept.index(query[n]) for n in wanted]].float()
 
     def _plan(
         self, slots: Sequence[int], starts: Sequence[int], watched: list[int], query: list[int], prompt_len: list[int]
@@ -238,16 +245,6 @@ class Runner:
             prompt_len=column([prompt_len[n] for n in watched]),
             width=max(prompt_len[n] for n in watched),
         )
-
-
-class _Logits:
-    """Logits [N, U, V] of the U query indices that were kept, addressed by (row, query index)."""
-
-    def __init__(self, values: Tensor, place: dict[int, int]) -> None:
-        self._values, self._place = values, place
-
-    def __getitem__(self, at: tuple[int, int]) -> Tensor:
-        return self._values[at[0], self._place[at[1]]]
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -1,0 +1,73 @@
+"""Calibration with the embedded engine's own runner: clean prompts in, a profile out.
+
+The prompts are answered greedily by the very revision that will be served, through the probe that will watch it; what
+the probe reads is fitted by `guard.calibration`. Nothing is tuned on the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from guard.adapters import inspect_adapter
+from guard.calibration import fit_profile
+from guard.errors import CalibrationError
+from guard.identity import base_digest
+from guard.probes.transformers.measure import Progress, measure
+from guard.probes.transformers.runner import Runner
+from guard.profile import NO_ADAPTER, Profile, ProfileKey
+from guard.readings import CHECKPOINTS
+from guard.rows import Row, row_key
+from guard.template import render, row_messages
+
+ENGINE = "transformers"
+
+
+def served_key(runner: Runner, base: str, adapter: str | None) -> ProfileKey:
+    """The key of what ``runner`` serves: base and adapter digests (64 hex; None for the bare base)."""
+    dtype = str(runner.dtype).removeprefix("torch.")
+    return ProfileKey(base, adapter or NO_ADAPTER, ENGINE, dtype, runner.probe_key())
+
+
+def calibrate(
+    base: str | Path,
+    adapter: str | Path | None,
+    rows: Sequence[Row],
+    *,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    runner: Runner | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Fit the profile of one adapter (None: the bare base) on clean rows; only what they ask is used.
+
+    ``runner`` may be one that is already loaded with ``base``. Raises CalibrationError for too few or repeated prompts,
+    AdapterRejected for an adapter that must not be loaded, PromptTooLong for a row that does not fit the context.
+    """
+    unique = list({row_key(row): row for row in rows}.values())
+    if not unique:
+        raise CalibrationError("no calibration prompts were given.")
+    runner = runner or Runner.load(base)
+    digest = inspect_adapter(adapter, base).digest if adapter is not None else None
+    revision = f"calibrate-{digest[:12]}" if digest else None
+    if adapter is not None and revision is not None:
+        runner.add_adapter(revision, adapter)
+    try:
+        prompts = [render(runner.tokenizer, row_messages(row)) for row in unique]
+        measurement = measure(runner, prompts, CHECKPOINTS, max_new_tokens, revision, progress)
+    finally:
+        if revision is not None and revision in runner.adapters:
+            runner.remove_adapter(revision)
+    facts = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prompts_sha256": prompts_digest(unique),
+        "n_repeated": len(rows) - len(unique),
+    }
+    return fit_profile(measurement, served_key(runner, base_digest(base), digest), seed=seed, facts=facts)
+
+
+def prompts_digest(rows: Sequence[Row]) -> str:
+    """SHA-256 (64 hex) of a set of prompts, in any order."""
+    return hashlib.sha256("\n".join(sorted(row_key(row) for row in rows)).encode()).hexdigest()

@@ -1,0 +1,75 @@
+"""The bank of head Grams and the reference kernel, against dense computations written out here."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guard.gram import HeadGrams, cosine
+from guard.kernels.reference import prompt_rows
+
+
+def dense_cosine(matrices: torch.Tensor) -> torch.Tensor:
+    """Pairwise cosine of flattened matrices [H, T_g, T_p], the paper's definition."""
+    flat = matrices.flatten(1)
+    return torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(0, 2**31))
+def test_streamed_cosine_is_the_cosine_of_flattened_attention_matrices(heads, steps, tokens, seed):
+    a = torch.rand(heads, steps, tokens, generator=torch.Generator().manual_seed(seed)) + 1e-3
+    bank = HeadGrams(3, 2, heads, 9)
+    bank.reset([1], [tokens])
+    for step in range(steps):
+        bank.add(1, torch.tensor([1]), a[None, :, step])
+    gram, focus = bank.read(1)
+    torch.testing.assert_close(cosine(gram)[1], dense_cosine(a), atol=1e-5, rtol=0)
+    torch.testing.assert_close(focus, a.sum((0, 1)), atol=1e-4, rtol=1e-5)
+
+
+def test_a_head_that_never_looked_has_cosine_zero_and_not_nan():
+    gram = torch.zeros(1, 2, 2)
+    gram[0, 0, 0] = 2.0
+    assert cosine(gram).tolist() == [[[1.0, 0.0], [0.0, 0.0]]]
+
+
+def test_slots_are_independent_and_reset_forgets():
+    bank = HeadGrams(3, 1, 2, 4)
+    bank.reset([0, 2], [4, 2])
+    rows = torch.rand(2, 2, 4)
+    bank.add(0, torch.tensor([2, 0]), rows)
+    assert torch.equal(bank.gram[1], torch.zeros(1, 2, 2))
+    torch.testing.assert_close(bank.read(0)[0][0], rows[1] @ rows[1].T)
+    assert bank.read(2)[1].shape == (2,)
+    bank.reset([2], [3])
+    assert bank.rows_seen.tolist() == [1, 0, 0]
+    assert not bank.gram[2].any()
+    assert not bank.focus[2].any()
+
+
+def test_a_layer_that_delivered_no_row_is_noticed():
+    bank = HeadGrams(1, 2, 2, 4)
+    bank.add(0, torch.tensor([0]), torch.rand(1, 2, 4))
+    assert not bank.complete(0, 1)
+    bank.add(1, torch.tensor([0]), torch.rand(1, 2, 4))
+    assert bank.complete(0, 1)
+    assert not bank.complete(0, 2)
+
+
+def test_rows_are_the_softmax_over_all_visible_keys_with_generated_columns_dropped():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 2, 6, 8, generator=generator)
+    rows = prompt_rows(q, k, torch.tensor([6, 3, 1]), torch.tensor([4, 3, 1]), 0.5)
+    for n, (visible, prompt) in enumerate([(6, 4), (3, 3), (1, 1)]):
+        for head in range(4):
+            scores = [0.5 * float(q[n, head] @ k[n, head // 2, c]) for c in range(visible)]
+            expected = torch.tensor(scores, dtype=torch.float64).softmax(0)[:prompt].float()
+            torch.testing.assert_close(rows[n, head, :prompt], expected, atol=1e-6, rtol=1e-5)
+            assert not rows[n, head, prompt:].any()
+
+
+def test_what_lies_beyond_the_visible_keys_has_no_influence_even_if_it_is_nan():
+    q, k = torch.randn(1, 2, 4), torch.randn(1, 2, 5, 4)
+    clean = prompt_rows(q, k, torch.tensor([3]), torch.tensor([2]), 1.0)
+    k[:, :, 3:] = float("nan")
+    assert torch.equal(prompt_rows(q, k, torch.tensor([3]), torch.tensor([2]), 1.0), clean)
