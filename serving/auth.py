@@ -4,7 +4,7 @@
 |---|---|
 | client | call /v1 |
 | viewer | client's, and read the admin plane without any prompt text |
-| operator | viewer's, and change things: adapters, policies, swaps, cases, repair requests; issue client and viewer keys |
+| operator | viewer's, and change adapters, policies and cases, swap, ask for repairs; issue client and viewer keys |
 | approver | viewer's, and decide about repairs; issue client, viewer and operator keys; revoke keys |
 
 An approver is deliberately not an operator: who proposes a change never decides on it alone. Approver keys are issued

@@ -23,20 +23,25 @@ class Policy(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Literal["observe", "block", "reroute"] = Field(
-        "block", description="observe: annotate and count only; block: stop; reroute: answer again from elsewhere."
+        default="block",
+        description="observe: annotate and count only; block: stop; reroute: answer again from elsewhere.",
     )
     window: Window = Field(
-        "all", description="Tokens the check may read: prefill (before the first token), a number, or all checkpoints."
+        default="all",
+        description="Tokens the check may read: prefill (before the first token), a number, or all checkpoints.",
     )
     hold_back: int | None = Field(
-        None, ge=0, description="Answer tokens withheld until the verdict covering them. Default: the window."
+        default=None, ge=0, description="Answer tokens withheld until the verdict covering them. Default: the window."
     )
-    alpha: float = Field(0.01, gt=0, lt=1, description="False-alarm rate per request that the operator accepts.")
+    alpha: float = Field(
+        default=0.01, gt=0, lt=1, description="False-alarm rate per request that the operator accepts."
+    )
     fail: Literal["open", "closed"] = Field(
-        "open", description="What happens to a request that could not be scored: open delivers it, closed blocks it."
+        default="open",
+        description="What happens to a request that could not be scored: open delivers it, closed blocks it.",
     )
     reroute_to: Literal["previous", "base"] = Field(
-        "previous", description="Who answers a rerouted request: the last good revision, or the base model."
+        default="previous", description="Who answers a rerouted request: the last good revision, or the base model."
     )
 
     @field_validator("window")
@@ -48,9 +53,7 @@ class Policy(BaseModel):
 
     @model_validator(mode="after")
     def _hold_back_within_window(self) -> Policy:
-        limit = (
-            {"prefill": 0, "all": None}.get(self.window, self.window) if isinstance(self.window, str) else self.window
-        )
+        limit: int | None = self.window if isinstance(self.window, int) else {"prefill": 0}.get(self.window)
         if self.hold_back is not None and limit is not None and self.hold_back > limit:
             raise ValueError(
                 f"hold_back={self.hold_back} is longer than window={self.window!r}: no verdict would ever cover it"

@@ -38,36 +38,50 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
 
     model: Path = Field(description="Folder of the base model (Hugging Face format); adapters are checked against it.")
-    served_name: str = Field("base", pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$", description="Public name of the base.")
-    state_dir: Path = Field(Path("headguard-state"), description="Folder for all state: database, adapters, keys.")
+    served_name: str = Field(
+        default="base", pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$", description="Public name of the base."
+    )
+    state_dir: Path = Field(
+        default=Path("headguard-state"), description="Folder for all state: database, adapters, keys."
+    )
     database_url: SecretStr | None = Field(
-        None, description="SQLAlchemy URL; default SQLite in state_dir, or postgresql+psycopg://…"
+        default=None, description="SQLAlchemy URL; default SQLite in state_dir, or postgresql+psycopg://…"
     )
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     auth: Literal["on", "off"] = Field(
-        "on", description="off lets clients call /v1 without a key, on loopback only; /admin always needs a key."
+        default="on",
+        description="off lets clients call /v1 without a key, on loopback only; /admin always needs a key.",
     )
-    engine_url: str | None = Field(None, description="URL of a remote engine; default is the embedded one.")
-    policy: Policy = Field(Policy(), description="Policy of every model name that has none of its own.")
+    engine_url: str | None = Field(default=None, description="URL of a remote engine; default is the embedded one.")
+    policy: Policy = Field(default=Policy(), description="Policy of every model name that has none of its own.")
     client_verdict: Literal["full", "status"] = Field(
-        "full", description="How much of the verdict clients see: everything but span text, or the status only."
+        default="full", description="How much of the verdict clients see: everything but span text, or the status only."
     )
     evidence: Literal["none", "sealed", "raw"] = Field(
-        "sealed", description="Storage of flagged prompts and answers: not at all, encrypted, or readable by operators."
+        default="sealed",
+        description="Storage of flagged prompts and answers: not at all, encrypted, or readable by operators.",
     )
-    evidence_ttl_days: float = Field(30.0, gt=0, description="Days until stored evidence is erased.")
-    max_flags_per_case: int = Field(500, ge=1, description="Flagged requests kept per case; more are only counted.")
-    max_flags_per_minute: int = Field(120, ge=1, description="Flagged requests kept per minute over all cases.")
-    max_open_cases: int = Field(100, ge=1, description="Open cases; more flagged revisions are only counted.")
-    max_evidence_bytes: int = Field(256 * 2**20, ge=0, description="Bytes of evidence kept over all cases.")
-    max_running_repairs: int = Field(4, ge=1, description="Repairs requested or running at once.")
-    request_timeout_s: float = Field(300.0, gt=0, description="Longest wait for the next event of an engine.")
-    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest body of an ordinary request.")
-    max_upload_bytes: int = Field(2 * 2**30, ge=1024, description="Largest body of an adapter or profile upload.")
-    max_concurrent_requests: int = Field(256, ge=1, description="Requests answered at once; more get a 429.")
-    drain_timeout_s: float = Field(60.0, ge=0, description="How long a swap waits for requests of the old revision.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe line logged.")
+    evidence_ttl_days: float = Field(default=30.0, gt=0, description="Days until stored evidence is erased.")
+    max_flags_per_case: int = Field(
+        default=500, ge=1, description="Flagged requests kept per case; more are only counted."
+    )
+    max_flags_per_minute: int = Field(default=120, ge=1, description="Flagged requests kept per minute over all cases.")
+    max_open_cases: int = Field(default=100, ge=1, description="Open cases; more flagged revisions are only counted.")
+    max_evidence_bytes: int = Field(default=256 * 2**20, ge=0, description="Bytes of evidence kept over all cases.")
+    max_running_repairs: int = Field(default=4, ge=1, description="Repairs requested or running at once.")
+    request_timeout_s: float = Field(default=300.0, gt=0, description="Longest wait for the next event of an engine.")
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024, description="Largest body of an ordinary request.")
+    max_upload_bytes: int = Field(
+        default=2 * 2**30, ge=1024, description="Largest body of an adapter or profile upload."
+    )
+    max_concurrent_requests: int = Field(default=256, ge=1, description="Requests answered at once; more get a 429.")
+    drain_timeout_s: float = Field(
+        default=60.0, ge=0, description="How long a swap waits for requests of the old revision."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least severe line logged."
+    )
 
     @classmethod
     def settings_customise_sources(

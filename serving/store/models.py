@@ -101,7 +101,7 @@ class FlaggedRequest(Base):
 
 
 class Repair(Base):
-    """One repair of a case's revision. States: requested → running → offered | refused | failed → approved | rejected."""
+    """A repair of a case's revision: requested → running → offered (→ approved | rejected) | refused | failed."""
 
     __tablename__ = "repairs"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)

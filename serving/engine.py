@@ -1,0 +1,52 @@
+"""What the gateway asks of an engine, in-process or remote alike: answer, stream, and manage revisions.
+
+The engine speaks OpenAI HTTP; its own errors are OpenAI-shaped already and are passed to the client as they are when
+they are the client's fault (4xx). Everything else an engine does wrong is ``Unavailable``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+from serving.events import Event
+
+
+class EngineError(Exception):
+    """The engine refused: ``status`` and its OpenAI-shaped ``body``. 503 when it could not be reached at all."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        self.status = status
+        self.body = body
+        super().__init__(message_of(body))
+
+
+def message_of(body: dict[str, Any]) -> str:
+    """The message in an OpenAI-shaped error body."""
+    error = body.get("error")
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+
+
+class Engine(Protocol):
+    """One engine. Every method raises EngineError; ``stream`` also StreamBroken."""
+
+    async def status(self) -> dict[str, Any]:
+        """``GET /guard/status``: base, dtype, probe, and the revisions loaded with their profiles."""
+
+    async def load(self, revision: str, path: str, profile: str | None = None) -> dict[str, Any]:
+        """Load a revision from a folder (nothing happens if it is loaded already)."""
+
+    async def unload(self, revision: str) -> None:
+        """Forget a revision that has no requests in flight."""
+
+    async def set_profile(self, revision: str, profile: str | None) -> None:
+        """Attach a profile to a loaded revision or to the base."""
+
+    async def complete(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Answer a request in one piece; ``path`` is the OpenAI route."""
+
+    def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        """Answer a request in events. Closing the generator cancels the request in the engine."""
+
+    async def aclose(self) -> None:
+        """Let go of the engine."""
