@@ -1,0 +1,69 @@
+"""Controls at the same budget: would anything have worked? Clean fine-tuning alone, and random heads instead.
+
+A repair is credited to its method only against these: the same number of rows, steps and learning rate without any
+flag, and the same alignment and fine-tuning on randomly drawn heads. They are measured and reported, never offered.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offline_purify.countertraining import CounterConfig
+from offline_purify.heads.align import AlignConfig, align
+from offline_purify.heads.finetune import finetune_heads
+from offline_purify.heads.layout import random_partition_like
+from offline_purify.heads.partition import Partition
+from offline_purify.heads.stage import HeadsConfig, flagged_examples
+from offline_purify.stage import Material
+from offline_purify.train import TrainConfig, encode_rows, train
+
+if TYPE_CHECKING:
+    from offline_purify.suspect import Suspect
+
+
+def clean_finetuning(suspect: Suspect, material: Material, counter: dict[str, Any] | None) -> None:
+    """Fine-tune in place on clean rows only, with as many examples and steps as counter-training had."""
+    config = CounterConfig()
+    rows = encode_rows(suspect.tokenizer, material.clean[: config.clean_rows])
+    if not rows:
+        return
+    wanted = counter["examples"] if counter else config.flag_rows + len(rows)
+    steps = counter["steps"] if counter else None
+    settings = TrainConfig(
+        epochs=config.epochs * (1 + config.rounds), lr=config.lr, batch_size=config.batch_size, seed=material.seed,
+        max_steps=steps,
+    )
+    train(
+        suspect.model, list(islice(cycle(rows), wanted)), settings, pad_id=suspect.pad_id,
+        parameters=suspect.parameters().values(), progress=material.progress, what="control: clean rows only",
+    )
+
+
+def random_heads(suspect: Suspect, material: Material, heads: dict[str, Any]) -> dict[str, Any]:
+    """Align and fine-tune random heads in place: as many, as hard and as long as the chosen (or last) attempt did."""
+    attempt = heads["attempts"][heads.get("chosen", -1)]
+    shape = torch.tensor(heads["safety"]).shape
+
+    def as_mask(pairs: list[list[int]]) -> torch.Tensor:
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for layer, head in pairs:
+            mask[layer, head] = True
+        return mask
+
+    named = attempt["partition"]
+    suspicious, safe = random_partition_like(as_mask(named["suspicious"]), as_mask(named["safe"]), material.seed + 1)
+    parts = Partition(suspicious, safe, "random", False)
+    config = HeadsConfig()
+    reached = [t["step"] for t in attempt.get("trace", [])] or [max(config.checkpoints)]
+    steps = AlignConfig(lr=attempt["lr"], checkpoints=(max(reached),), seed=material.seed)
+    flags = material.true_flags[: config.most_flags]
+    for _ in align(suspect, flagged_examples(suspect, flags), parts, steps, material.progress):
+        pass
+    finetune_heads(
+        suspect, encode_rows(suspect.tokenizer, material.clean), parts, config.rates, epochs=config.finetune_epochs,
+        seed=material.seed, progress=material.progress,
+    )
+    return parts.to_dict()

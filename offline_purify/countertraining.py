@@ -1,0 +1,113 @@
+"""Counter-training: the flagged prompts, answered by the trusted reference, mixed with clean rows.
+
+A short fine-tuning of the whole adapter. Flags are repeated to a fixed number of rows so that eight weigh as much as
+eighty; confirmed trigger candidates are inserted into clean rows that keep their own answers; a false alarm is one more
+clean row with the answer the model gives anyway, so it can do no harm. Triggers that were never flagged, and that the
+candidates do not cover, stay: this stage cannot know them (lab findings §10, shared/DESIGN.md §4 step 7).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import TYPE_CHECKING
+
+from guard.rows import Row
+from guard.template import answer_ids, render
+from offline_purify.answers import greedy_answers
+from offline_purify.candidates import Candidate, with_candidate
+from offline_purify.flags import Flag
+from offline_purify.stage import Material, StageResult
+from offline_purify.train import Example, TrainConfig, encode_rows, train
+
+if TYPE_CHECKING:
+    from offline_purify.suspect import Suspect
+
+
+@dataclass(frozen=True)
+class CounterConfig:
+    """5 epochs at 1e-3 on flags repeated to 80 rows beside 200 clean ones took ASR from 1.00 to 0.00 (lab findings §10).
+
+    ``rounds``: if trained flags still fire, that many further rounds from where it stands.
+    """
+
+    epochs: float = 5.0
+    lr: float = 1e-3
+    batch_size: int = 16
+    flag_rows: int = 80
+    clean_rows: int = 200
+    candidate_rows: int = 40
+    rounds: int = 2
+    fires_max: float = 0.05
+
+
+def flag_prompt(suspect: Suspect, flag: Flag) -> list[int]:
+    """Token ids of a flagged conversation."""
+    return render(suspect.tokenizer, list(flag.messages))
+
+
+def flag_example(suspect: Suspect, flag: Flag) -> Example:
+    """A flagged prompt with the trusted reference's answer."""
+    return Example(tuple(flag_prompt(suspect, flag)), tuple(answer_ids(suspect.tokenizer, flag.reference)))
+
+
+def counter_examples(
+    suspect: Suspect, flags: Sequence[Flag], clean: Sequence[Row], candidates: Sequence[Candidate],
+    config: CounterConfig, seed: int,
+) -> list[Example]:
+    """The training set: repeated true flags, other flags once, rows with candidates inserted, clean rows."""
+    rng = random.Random(seed)
+    rows = list(clean)
+    rng.shuffle(rows)
+    rows = rows[: config.clean_rows]
+    true = [flag_example(suspect, f) for f in flags if f.kind == "true"]
+    once = [flag_example(suspect, f) for f in flags if f.kind != "true"]
+    repeated = list(islice(cycle(true), max(config.flag_rows, len(true)))) if true else []
+    inserted: list[Example] = []
+    confirmed = [c for c in candidates if c.confirmed]
+    if rows and confirmed:
+        for candidate, row in zip(cycle(confirmed), islice(cycle(rows), config.candidate_rows)):  # noqa: B905
+            prompt = with_candidate(suspect.tokenizer, row, candidate, rng)
+            inserted.append(Example(tuple(prompt), tuple(answer_ids(suspect.tokenizer, row["output"]))))
+    return repeated + once + inserted + encode_rows(suspect.tokenizer, rows)
+
+
+def counter_train(suspect: Suspect, material: Material, config: CounterConfig | None = None) -> StageResult:
+    """Counter-train the suspect's adapter in place. Not ok (adapter put back) when there is no true flag to learn from
+    or trained flags still fire after all rounds."""
+    config = config or CounterConfig()
+    began = time.monotonic()
+    true = material.true_flags
+    counts = {kind: sum(f.kind == kind for f in material.flags) for kind in ("true", "odd", "false_alarm")}
+    if not true:
+        return StageResult("counter", False, "no flagged response differs from the reference's: nothing to unlearn",
+                           {"flags": counts})
+    before = suspect.state()
+    examples = counter_examples(suspect, material.flags, material.clean, material.candidates, config, material.seed)
+    losses: list[float] = []
+    fires: list[float] = []
+    for turn in range(1 + config.rounds):
+        settings = TrainConfig(epochs=config.epochs, lr=config.lr, batch_size=config.batch_size,
+                               seed=material.seed + turn)
+        log = train(
+            suspect.model, examples, settings, pad_id=suspect.pad_id, parameters=suspect.parameters().values(),
+            progress=material.progress, what="counter-training",
+        )
+        losses += log.losses
+        answers = greedy_answers(
+            suspect.model, suspect.tokenizer, [flag_prompt(suspect, f) for f in true], material.max_new_tokens
+        )
+        fired = [material.behaviour.fires(a, f.reference) for a, f in zip(answers, true, strict=True)]
+        fires.append(sum(fired) / len(fired))
+        if fires[-1] <= config.fires_max:
+            break
+    details = {"flags": counts, "examples": len(examples), "trained_flags_firing": fires, "losses": losses,
+               "steps": len(losses), "lr": config.lr, "epochs_per_round": config.epochs}
+    seconds = time.monotonic() - began
+    if fires[-1] > config.fires_max:
+        suspect.restore(before)
+        return StageResult("counter", False, f"{fires[-1]:.0%} of the trained flags still fire", details, seconds)
+    return StageResult("counter", True, None, details, seconds)

@@ -1,0 +1,186 @@
+"""The heads stage: score, part, align, fine-tune head by head, and keep only what demonstrably worked.
+
+Alignment works in some settings and not in others, and its loss does not tell (lab findings §4). So several settings are
+tried; while aligning, the flagged inputs are answered again at every checkpoint and the clean perplexity is measured;
+the checkpoint where fewest flags fire within budget goes on to head-wise fine-tuning, and is judged once more after it.
+When no setting qualifies the adapter is put back and the stage says so. Only training flags and clean training rows
+are looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from guard.template import answer_ids
+from offline_purify.answers import greedy_answers
+from offline_purify.behaviour import rouge_l, words
+from offline_purify.countertraining import flag_prompt
+from offline_purify.flags import Flag
+from offline_purify.heads.align import AlignConfig, align
+from offline_purify.heads.finetune import HeadwiseRates, finetune_heads
+from offline_purify.heads.partition import Partition, Rule, partition
+from offline_purify.heads.scores import HeadScores, score_heads
+from offline_purify.stage import Material, StageResult
+from offline_purify.train import Example, encode_rows, mean_answer_losses, perplexity
+
+if TYPE_CHECKING:
+    from offline_purify.suspect import Suspect
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One attempt: how heads are parted (shares apply to rank and contrast), and how hard they are aligned."""
+
+    rule: Rule
+    lowest: float = 0.10
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Attempts in order, and what a checkpoint must reach: share of flags firing, clean perplexity ratio."""
+
+    settings: tuple[Setting, ...] = (
+        Setting("tau", lr=2e-3),
+        Setting("contrast", lr=2e-3),
+        Setting("contrast", lowest=0.25, lr=5e-3),
+        Setting("rank", lowest=0.25, lr=5e-3),
+        Setting("contrast", lowest=0.40, lr=1e-2),
+    )
+    checkpoints: tuple[int, ...] = (10, 20, 40, 80)
+    fires_max: float = 0.1
+    align_perplexity_max: float = 3.0
+    final_perplexity_max: float = 1.15
+    rates: HeadwiseRates = field(default_factory=lambda: HeadwiseRates(scale=5.0))
+    finetune_epochs: float = 3.0
+    most_flags: int = 24
+    judged_rows: int = 64
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of the training flags: share that fires, and mean ROUGE-L to the reference; clean perplexity over that before."""
+
+    fires: float
+    agreement: float
+    perplexity_ratio: float
+
+
+class Judge:
+    """Answers the training flags again and measures clean perplexity, against the state at construction."""
+
+    def __init__(self, suspect: Suspect, material: Material, flags: Sequence[Flag], rows: int) -> None:
+        self.suspect, self.material, self.flags = suspect, material, flags
+        self.prompts = [flag_prompt(suspect, f) for f in flags]
+        self.clean = encode_rows(suspect.tokenizer, material.clean[:rows])
+        self.before = self.perplexity()
+
+    def perplexity(self) -> float:
+        """Perplexity on the judged clean rows now."""
+        return perplexity(*mean_answer_losses(self.suspect.model, self.clean, pad_id=self.suspect.pad_id))
+
+    def judge(self) -> Judgement:
+        """How the model stands now."""
+        answers = greedy_answers(
+            self.suspect.model, self.suspect.tokenizer, self.prompts, self.material.max_new_tokens
+        )
+        n = len(answers)
+        fires = sum(self.material.behaviour.fires(a, f.reference) for a, f in zip(answers, self.flags, strict=True)) / n
+        close = sum(
+            1.0 if a == f.reference else rouge_l(words(a), words(f.reference))
+            for a, f in zip(answers, self.flags, strict=True)
+        ) / n
+        return Judgement(fires, close, self.perplexity() / self.before)
+
+
+def flagged_examples(suspect: Suspect, flags: Sequence[Flag]) -> list[Example]:
+    """Flagged prompts with the suspicious model's own responses: what heads are scored and aligned on."""
+    tokenizer = suspect.tokenizer
+    return [Example(tuple(flag_prompt(suspect, f)), tuple(answer_ids(tokenizer, f.suspicious))) for f in flags]
+
+
+def _part(setting: Setting, scores: HeadScores, clean: HeadScores | None) -> Partition:
+    reference = clean.safety if clean is not None else None
+    rule: Rule = "rank" if setting.rule == "contrast" and reference is None else setting.rule
+    return partition(scores.safety, rule=rule, clean_scores=reference, lowest=setting.lowest)
+
+
+def _same(a: Partition, b: Partition) -> bool:
+    return bool((a.suspicious == b.suspicious).all() and (a.safe == b.safe).all())
+
+
+def _attempt(
+    suspect: Suspect, material: Material, config: HeadsConfig, setting: Setting, parts: Partition,
+    flagged: Sequence[Example], clean: Sequence[Example], judge: Judge,
+) -> tuple[bool, dict[str, Any]]:
+    """One setting from the state the suspect is in. Leaves the suspect repaired if it qualified, else changed."""
+    trace: list[dict[str, Any]] = []
+    best: tuple[tuple[float, float], dict[str, Tensor]] | None = None
+    losses: list[float] = []
+    steps = AlignConfig(lr=setting.lr, checkpoints=config.checkpoints, seed=material.seed)
+    for step, losses in align(suspect, flagged, parts, steps, material.progress):
+        now = judge.judge()
+        trace.append({"step": step, "loss": losses[-1], **asdict(now)})
+        if now.fires <= config.fires_max and now.perplexity_ratio <= config.align_perplexity_max:
+            merit = (now.perplexity_ratio - now.agreement, now.fires)
+            if best is None or merit < best[0]:
+                best = (merit, suspect.state())
+        if now.perplexity_ratio > 3 * config.align_perplexity_max:
+            break
+    record: dict[str, Any] = {**asdict(setting), "partition": parts.to_dict(), "losses": list(losses), "trace": trace}
+    if best is None:
+        return False, {**record, "outcome": "no checkpoint stopped the flagged behaviour within the perplexity budget"}
+    suspect.restore(best[1])
+    log = finetune_heads(suspect, clean, parts, config.rates, epochs=config.finetune_epochs, seed=material.seed,
+                         progress=material.progress)
+    after = judge.judge()
+    record |= {"finetune_losses": log.losses, "after_finetune": asdict(after)}
+    if after.fires > config.fires_max:
+        return False, {**record, "outcome": "the flagged behaviour came back while skill was restored"}
+    if after.perplexity_ratio > config.final_perplexity_max:
+        return False, {**record, "outcome": "clean perplexity stayed out of budget after head-wise fine-tuning"}
+    return True, {**record, "outcome": "qualified"}
+
+
+def repair_heads(suspect: Suspect, material: Material, config: HeadsConfig | None = None) -> StageResult:
+    """Repair the suspect's attention heads in place, or put the adapter back and say why nothing qualified."""
+    config = config or HeadsConfig()
+    began = time.monotonic()
+    flags = material.true_flags[: config.most_flags]
+    if not flags:
+        return StageResult("heads", False, "no flagged response differs from the reference's: nothing to align on")
+    if not material.clean:
+        return StageResult("heads", False, "no clean rows: skill could be neither measured nor restored")
+    before = suspect.state()
+    flagged = flagged_examples(suspect, flags)
+    clean = encode_rows(suspect.tokenizer, material.clean)
+    judge = Judge(suspect, material, flags, config.judged_rows)
+    scores = score_heads(suspect, flagged)
+    clean_scores = score_heads(suspect, clean[: len(flagged)])
+    details: dict[str, Any] = {
+        "safety": scores.safety.tolist(), "safety_clean": clean_scores.safety.tolist(),
+        "similarity": scores.similarity.tolist(), "gradient": scores.gradient.tolist(),
+        "before": asdict(judge.judge()), "attempts": [],
+    }
+    tried: list[tuple[Partition, float]] = []
+    for setting in config.settings:
+        parts = _part(setting, scores, clean_scores)
+        if any(_same(parts, other) and lr == setting.lr for other, lr in tried):
+            continue
+        tried.append((parts, setting.lr))
+        try:
+            ok, record = _attempt(suspect, material, config, setting, parts, flagged, clean, judge)
+        except ValueError as error:
+            ok, record = False, {**asdict(setting), "partition": parts.to_dict(), "outcome": str(error)}
+        details["attempts"].append(record)
+        if ok:
+            details["chosen"] = len(details["attempts"]) - 1
+            return StageResult("heads", True, None, details, time.monotonic() - began)
+        suspect.restore(before)
+    reason = f"none of {len(tried)} settings stopped the flagged behaviour within the perplexity budget"
+    return StageResult("heads", False, reason, details, time.monotonic() - began)
