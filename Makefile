@@ -1,0 +1,35 @@
+# Everything here sets itself up in .venv on a machine that has Python 3.11, pip and make; re-runs are quick.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help demo test check bench clean
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first: its CPU build satisfies the pin, and nothing after it asks for another.
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e '.[test,postgres]'
+	touch $(READY)
+
+demo: $(READY)  ## the whole story in the terminal: flag, repair, approve, swap (about ten minutes the first time)
+	$(BIN)/headguard demo
+
+test: $(READY)  ## every test, the demo included
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## format, lint, types and fast tests, under a minute
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not lab and not slow' -x
+
+bench: $(READY)  ## the benchmarks that exist so far: detection and repair figures of the demo
+	$(BIN)/headguard demo --fresh
+
+clean:  ## remove what was built (models, demo); .venv stays
+	rm -rf build
