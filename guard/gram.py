@@ -1,14 +1,14 @@
 """Head Grams: what the guard remembers of a request's attention, in constant space per layer.
 
 Each observed query gives, per layer, the rows a_t in [H, T]: attention of every head over the prompt columns.
-The paper compares heads by the cosine of their flattened [T_g, T_p] matrices (001 section 4.1, Eq. 5). That cosine is a streaming
-sum, so no matrix over time is ever kept:
+The paper compares heads by the cosine of their flattened [T_g, T_p] matrices (001 section 4.1, Eq. 5). That cosine is
+a streaming sum, so no matrix over time is ever kept:
 
     G_t = G_{t-1} + a_t a_t^T   in [L, H, H]          cos(h, j) = G[h, j] / sqrt(G[h, h] G[j, j])
 
 The same rows summed over heads (and layers and steps) give the focus f in [T_p]: the prompt tokens the heads agree on.
-`HeadGrams` is the bank of both for a fixed number of slots; it knows nothing of models, engines or tokens. It also counts
-the rows each layer delivered, so that a guard that went blind is noticed instead of believed.
+`HeadGrams` is the bank of both for a fixed number of slots; it knows nothing of models, engines or tokens. It also
+counts the rows each layer delivered, so that a guard that went blind is noticed instead of believed.
 """
 
 from __future__ import annotations

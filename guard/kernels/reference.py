@@ -1,6 +1,7 @@
 """The attention rows of single queries over the prompt, in plain torch: the definition every faster kernel is held to.
 
-    row[h, c] = softmax_c( scaling * q_h . k_c )   over ALL visible keys c < kv_len, then columns c >= prompt_len set to 0
+    row[h, c] = softmax_c( scaling * q_h . k_c )   over ALL visible keys c < kv_len, then columns c >= prompt_len set
+    to 0
 
 Generated keys take their share of the softmax and are dropped afterwards; rows are not renormalised (001 section 4.1).
 Queries and keys are those the model's own attention sees (after rotary embedding and any q/k norm).

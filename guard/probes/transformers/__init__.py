@@ -1,1 +1,3 @@
-"""The probe of the transformers engine: an attention function, a cache of slots, and a runner that batches requests over it."""
+"""The probe of the transformers engine: an attention function, a cache of slots, and a runner that batches
+requests over it.
+"""

@@ -1,13 +1,13 @@
 """The attention probe for transformers: stock sdpa, plus one look at the queries a plan names.
 
-transformers lets an attention function be registered by name and hands it post-rotary queries and keys. Ours calls the stock
-sdpa function with the very same arguments (so its output is bit for bit the stock one) and then, if a `Plan` travels with
-this forward as the keyword `guard_plan`, adds the rows of the named queries to the plan's bank. No model code is patched and
-nothing global is set: a forward without a plan is an ordinary forward.
+transformers lets an attention function be registered by name and hands it post-rotary queries and keys. Ours calls
+the stock sdpa function with the very same arguments (so its output is bit for bit the stock one) and then, if a
+`Plan` travels with this forward as the keyword `guard_plan`, adds the rows of the named queries to the plan's bank.
+No model code is patched and nothing global is set: a forward without a plan is an ordinary forward.
 
-`attach` switches a model to this function and refuses, by name, every model whose attention is not plain causal softmax over
-all earlier keys. What it cannot know from the configuration it finds out: it compares one short forward with the model's own
-eager attention before it lets the model be served.
+`attach` switches a model to this function and refuses, by name, every model whose attention is not plain causal
+softmax over all earlier keys. What it cannot know from the configuration it finds out: it compares one short forward
+with the model's own eager attention before it lets the model be served.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from guard.kernels.reference import prompt_rows
 ATTENTION = "headguard_sdpa"
 PLAN = "guard_plan"
 
-# Largest difference between a probe row and the model's own eager attention that attach accepts, by dtype of the model:
-# float32 leaves rounding only; in 16 bits the eager path itself rounds its scores (measured ~1e-3, vllm-integration.md 16).
+# Largest difference between a probe row and the model's own eager attention that attach accepts, by dtype of the
+# model: float32 leaves rounding only; in 16 bits the eager path itself rounds its scores (measured ~1e-3, vllm-
+# integration.md 16).
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _CHECK_TOKENS = 12
 
@@ -38,8 +39,9 @@ _CHECK_TOKENS = 12
 class Plan:
     """Which queries of one forward are observed, and where their rows go. n rows observed out of N in the batch.
 
-    rows [n] int64: batch rows, or None for all N in order; slots [n] int64: bank slots; query [n] int64: index among this
-    forward's queries; kv_len [n] int64: keys visible to that query; prompt_len [n] int64; width: the largest prompt_len.
+    rows [n] int64: batch rows, or None for all N in order; slots [n] int64: bank slots; query [n] int64: index among
+    this forward's queries; kv_len [n] int64: keys visible to that query; prompt_len [n] int64; width: the largest
+    prompt_len.
     """
 
     bank: HeadGrams
@@ -88,8 +90,8 @@ class AttentionShape:
 def attach(model: nn.Module, max_len: int) -> AttentionShape:
     """Puts the probe into `model` (a transformers causal LM) for sequences of up to `max_len` tokens.
 
-    Raises UnsupportedModel, naming the feature, if attention rows of this model cannot be measured. The model is then left
-    with the attention implementation it came with.
+    Raises UnsupportedModel, naming the feature, if attention rows of this model cannot be measured. The model is then
+    left with the attention implementation it came with.
     """
     shape = inspect(model, max_len)
     AttentionInterface.register(ATTENTION, probed_sdpa)
@@ -110,8 +112,8 @@ def inspect(model: nn.Module, max_len: int) -> AttentionShape:
 
     def refuse(feature: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"cannot measure attention of {name}: {feature}. Supported: decoder models with plain causal attention over all "
-            "earlier tokens in every layer (Llama, Mistral, Qwen2, Qwen3 and alike)."
+            f"cannot measure attention of {name}: {feature}. Supported: decoder models with plain causal attention "
+            "over all earlier tokens in every layer (Llama, Mistral, Qwen2, Qwen3 and alike)."
         )
 
     if getattr(config, "is_encoder_decoder", False):
@@ -163,14 +165,14 @@ def _verify(model: nn.Module, shape: AttentionShape) -> None:
     model(input_ids=ids, use_cache=False, **{PLAN: plan})
     if not bank.complete(0, 1):
         blind = [i for i, rows in enumerate(bank.layer_rows[0].tolist()) if rows != 1]
-        raise UnsupportedModel(f"the probe saw nothing in layers {blind} of {type(model).__name__}: it would be blind there")
+        raise UnsupportedModel(f"the probe saw nothing in layers {blind} of {type(model).__name__}: it would be blind.")
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 5e-2)
     for layer, (mine, theirs) in enumerate(zip(bank.kept, eager, strict=True)):
         error = (mine - theirs[0, :, -1].float()).abs().max().item()
         if not error <= tolerance:
             raise UnsupportedModel(
-                f"layer {layer} of {type(model).__name__} does not attend as measured: rows differ from its eager attention by "
-                f"{error:.2e} (allowed {tolerance:.0e}). Its attention has a term the probe does not know."
+                f"layer {layer} of {type(model).__name__} does not attend as measured: rows differ from its eager "
+                f"attention by {error:.2e} (allowed {tolerance:.0e}). Its attention has a term the probe does not know."
             )
 
 

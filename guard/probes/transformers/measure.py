@@ -1,8 +1,9 @@
 """Many prompts through a runner: what the guard reads at its checkpoints, and plain greedy answers.
 
-Calibration, repair and evaluation all need the same loop: keep every slot busy, decode greedily, take a prompt's slot back
-when it ends. `measure` also reads the bank at the checkpoints, with the step semantics of the serving engine (step 0 is the
-row of the last prompt position; step t also holds the rows of the first t generated tokens); `generate` does not look.
+Calibration, repair and evaluation all need the same loop: keep every slot busy, decode greedily, take a prompt's slot
+back when it ends. `measure` also reads the bank at the checkpoints, with the step semantics of the serving engine
+(step 0 is the row of the last prompt position; step t also holds the rows of the first t generated tokens);
+`generate` does not look.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def measure(
 ) -> Measurement:
     """Greedy answers to `prompts` (token ids each) with the guard's readings at `checkpoints`.
 
-    max_new_tokens defaults to what the last checkpoint needs. Answers are without the end-of-sequence token; a prompt is in
-    the readings of a checkpoint only if it got that far. Raises PromptTooLong if a prompt does not fit, UnsupportedModel
-    never (that is decided when the runner is made).
+    max_new_tokens defaults to what the last checkpoint needs. Answers are without the end-of-sequence token; a prompt
+    is in the readings of a checkpoint only if it got that far. Raises PromptTooLong if a prompt does not fit,
+    UnsupportedModel never (that is decided when the runner is made).
     """
     steps = sorted(set(checkpoints))
     limit = steps[-1] + 1 if max_new_tokens is None else max_new_tokens
@@ -85,7 +86,9 @@ def _greedy(
     last_step: int,
     progress: Progress | None,
 ) -> Iterator[tuple[int, _Track, bool]]:
-    """Yields (slot, track, ended) after every sampled token; the bank then holds rows up to track.step or last_step."""
+    """Yields (slot, track, ended) after every sampled token; the bank then holds rows up to track.step or
+    last_step.
+    """
     for prompt in prompts:
         runner.check_prompt(prompt)
     # Longest first: prompts that are prefilled together have like lengths, so little of the batch is padding.

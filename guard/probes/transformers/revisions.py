@@ -1,10 +1,10 @@
 """Adapter revisions in one process: loaded and removed at run time, mixed freely in a batch.
 
-PEFT's LoRA layers already compute a batch in which every row names its own adapter (`adapter_names`); this module keeps the
-books: which revision is which PEFT adapter, which rows want which, and what may be loaded. An adapter is loaded from its configuration's numbers and its
-safetensors file only. Options that would compute something else than W + (alpha / r) B A, or that touch the shared base
-weights while loading (PiSSA, OLoRA and similar initialisers do), are refused or switched off: an adapter must never change
-the model that other requests see.
+PEFT's LoRA layers already compute a batch in which every row names its own adapter (`adapter_names`); this module
+keeps the books: which revision is which PEFT adapter, which rows want which, and what may be loaded. An adapter is
+loaded from its configuration's numbers and its safetensors file only. Options that would compute something else than
+W + (alpha / r) B A, or that touch the shared base weights while loading (PiSSA, OLoRA and similar initialisers do),
+are refused or switched off: an adapter must never change the model that other requests see.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ _KEPT = frozenset({
 })
 # Options of training or of provenance, without effect on what a loaded adapter computes: ignored.
 _IGNORED = frozenset({
-    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
-    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "megatron_core",
+    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "runtime_config", "megatron_core",
 })
 
 
@@ -54,7 +55,9 @@ class Revisions:
         return tuple(self._keys)
 
     def select(self, names: Sequence[str | None]) -> None:
-        """Says which revision each row of the next forward runs (None: the base). Raises AdapterRejected if not loaded."""
+        """Says which revision each row of the next forward runs (None: the base). Raises AdapterRejected if not
+        loaded.
+        """
         for name in names:
             if name is not None and name not in self._keys:
                 raise AdapterRejected(f"revision {name!r} is not loaded; loaded are {sorted(self._keys) or 'none'}.")
@@ -68,7 +71,9 @@ class Revisions:
             self.model.set_adapter(self._keys[only], inference_mode=True)
 
     def _tell_rows(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Hook before every LoRA layer. PEFT's own way sets such hooks anew in each forward, a fifth of a small model's step."""
+        """Hook before every LoRA layer. PEFT's own way sets such hooks anew in each forward, a fifth of a small
+        model's step.
+        """
         return args, kwargs if self._rows is None else {**kwargs, "adapter_names": self._rows}
 
     def _hook(self) -> None:
@@ -77,12 +82,14 @@ class Revisions:
         layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         self._handles = [m.register_forward_pre_hook(self._tell_rows, with_kwargs=True) for m in layers]
 
-    def add(self, name: str, folder: str | Path) -> None:
-        """Loads the adapter in `folder` as `name`. Raises AdapterRejected, with the model as it was, if it must not be."""
+    def add(self, name: str, folder: str | Path, inspected: bool = False) -> None:
+        """Loads the adapter in `folder` as `name`. Raises AdapterRejected, with the model as it was, if it must
+        not be.
+        """
         folder = Path(folder)
         if name in self._keys:
-            raise AdapterRejected(f"revision {name!r} is already loaded; revisions never change, load it under its own name.")
-        if self._base_dir is not None:
+            raise AdapterRejected(f"revision {name!r} is already loaded, and revisions never change.")
+        if self._base_dir is not None and not inspected:
             inspect_adapter(folder, self._base_dir)
         config = _plain_lora(folder)
         weights = load_file(folder / ADAPTER_WEIGHTS)

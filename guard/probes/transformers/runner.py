@@ -1,9 +1,9 @@
 """The runner: batched prefill and decode over slots, with the probe looking on.
 
 A slot is one running request: its keys and values, its row in the bank of head Grams, its length. The runner computes
-logits and rows for any set of slots, each with its own adapter revision; which requests run, what is sampled and what it
-means is decided above it. After `prefill` the bank holds the row of the last prompt position (step 0); each `decode` adds
-the row of the token it was fed.
+logits and rows for any set of slots, each with its own adapter revision; which requests run, what is sampled and what
+it means is decided above it. After `prefill` the bank holds the row of the last prompt position (step 0); each
+`decode` adds the row of the token it was fed.
 """
 
 from __future__ import annotations
@@ -103,9 +103,12 @@ class Runner:
         """Revisions now loaded."""
         return self._revisions.names
 
-    def add_adapter(self, revision: str, folder: str | Path) -> None:
-        """Loads a PEFT LoRA folder under a revision name. Raises AdapterRejected; the model is then as before."""
-        self._revisions.add(revision, folder)
+    def add_adapter(self, revision: str, folder: str | Path, inspected: bool = False) -> None:
+        """Loads a PEFT LoRA folder under a revision name. Raises AdapterRejected; the model is then as before.
+
+        inspected: `guard.adapters.inspect_adapter` has already passed this folder (it reads every weight of the base).
+        """
+        self._revisions.add(revision, folder, inspected)
 
     def remove_adapter(self, revision: str) -> None:
         """Unloads a revision. The caller makes sure that no slot still runs it."""
@@ -124,7 +127,7 @@ class Runner:
         if len(prompt) > self.max_len:
             raise PromptTooLong(f"the prompt has {len(prompt)} tokens; this model runs at most {self.max_len}.")
         if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
-            raise GuardError(f"the prompt has token ids outside 0..{self.vocab_size - 1}, the vocabulary of this model.")
+            raise GuardError(f"the prompt has token ids outside this model's vocabulary, 0..{self.vocab_size - 1}.")
 
     @torch.inference_mode()
     def prefill(
@@ -173,7 +176,9 @@ class Runner:
         adapters: Sequence[str | None] | None = None,
         observe: Sequence[bool] | None = None,
     ) -> Tensor:
-        """Feeds one token to each slot. Returns logits [N, V] float32 for the token after it. Arguments as `prefill`."""
+        """Feeds one token to each slot. Returns logits [N, V] float32 for the token after it. Arguments as
+        `prefill`.
+        """
         starts = [self._cache.lengths[slot] for slot in slots]
         for slot, start in zip(slots, starts, strict=True):
             if start >= self.max_len:

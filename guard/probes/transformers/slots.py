@@ -1,8 +1,9 @@
 """Slots: keys and values of every running request, preallocated, one row of memory per request.
 
-`SlotCache` owns the tensors. A forward over some of the slots gets a `SlotView`, the transformers `Cache` that writes the new
-keys and values into those slots and returns what the batch may attend to. Column 0 is always the first token of the request:
-batches are padded on the right, so positions never move and prompt columns can be told by position alone.
+`SlotCache` owns the tensors. A forward over some of the slots gets a `SlotView`, the transformers `Cache` that writes
+the new keys and values into those slots and returns what the batch may attend to. Column 0 is always the first token
+of the request: batches are padded on the right, so positions never move and prompt columns can be told by position
+alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class SlotCache:
         self.lengths = [0] * slots
 
     def clear(self, slot: int) -> None:
-        """Empties a slot and zeroes its memory: a masked column still meets its value times zero, and NaN times zero is NaN."""
+        """Empties a slot and zeroes its memory: a masked column still meets its value times zero, and NaN times
+        zero is NaN.
+        """
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[slot].zero_()
             values[slot].zero_()
@@ -38,7 +41,8 @@ class SlotCache:
     def view(self, slots: Sequence[int], starts: Sequence[int], columns: int) -> SlotView:
         """The cache of one forward: rows i of the batch is slots[i], its first new token goes to column starts[i].
 
-        `columns` is how many columns the batch attends over. With more than one new token per row, all starts are equal.
+        `columns` is how many columns the batch attends over. With more than one new token per row, all starts are
+        equal.
         """
         return SlotView(self, slots, starts, columns)
 

@@ -1,4 +1,6 @@
-"""Tiny random models of several families, and the dense reference: eager attention, teacher-forced, sliced by position."""
+"""Tiny random models of several families, and the dense reference: eager attention, teacher-forced, sliced by
+position.
+"""
 
 import torch
 from transformers import (
@@ -49,7 +51,9 @@ def make_runner(model, **options):
 
 @torch.no_grad()
 def dense(model, prompt, generated):
-    """Rows [L, H, T_g + 1, T_p] of eager attention: from the last prompt position and every generated token fed, to the prompt."""
+    """Rows [L, H, T_g + 1, T_p] of eager attention: from the last prompt position and every generated token fed,
+    to the prompt.
+    """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     ids = torch.tensor([list(prompt) + list(generated)])

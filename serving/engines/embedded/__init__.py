@@ -1,0 +1,3 @@
+"""The embedded engine: transformers in this process, continuous batching, verdicts while generating, OpenAI HTTP
+on top.
+"""

@@ -1,0 +1,174 @@
+"""The embedded engine over HTTP: OpenAI's completions with guard annotations, and the guard's administration.
+
+What a gateway expects of every engine, nothing more: no keys, no policies, no aliases. It is meant to be reached in
+process or over a private network; `/guard/…` must never be exposed to clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from guard.errors import GuardError
+from serving.engines.embedded.answers import Form, stream, whole
+from serving.engines.embedded.bodies import ChatBody, CompletionBody, parse
+from serving.engines.embedded.engine import EmbeddedEngine
+from serving.engines.embedded.requests import Answer, Failed
+from serving.errors import BadRequest, ServingError, Unavailable, from_guard
+
+T = TypeVar("T")
+_MAX_DRAIN_S = 600.0
+
+
+class RevisionBody(BaseModel):
+    """POST /guard/revisions: folders on the engine's own disk."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    revision: str
+    path: Path
+    profile: Path | None = None
+
+
+class ProfileBody(BaseModel):
+    """PUT /guard/revisions/{revision}/profile."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    profile: Path | None = None
+
+
+class AnswerStream(StreamingResponse):
+    """A stream that cancels its request however it is left: end, disconnect, or error."""
+
+    def __init__(self, answer: Answer, body: Any) -> None:
+        super().__init__(body, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
+
+
+def create_engine_app(engine: EmbeddedEngine) -> FastAPI:
+    """The ASGI app of a started engine. It neither starts nor closes the engine."""
+    app = FastAPI(title="headguard embedded engine", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(ServingError)
+    async def refused(_: Request, error: ServingError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status)
+
+    @app.exception_handler(GuardError)
+    async def refused_by_guard(_: Request, error: GuardError) -> JSONResponse:
+        refusal = from_guard(error)
+        return JSONResponse(refusal.body(), refusal.status)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(_: Request, error: HTTPException) -> JSONResponse:
+        refusal = ServingError(str(error.detail), code="not_found" if error.status_code == 404 else "invalid_request")
+        return JSONResponse(refusal.body(), error.status_code)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await _complete(engine, request, parse(await request.body(), ChatBody), chat=True)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _complete(engine, request, parse(await request.body(), CompletionBody), chat=False)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        listed = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "headguard", "root": engine.name,
+             "max_model_len": engine.runner.max_len}
+            for name in engine.books.names()
+        ]
+        return {"object": "list", "data": listed}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        if not engine.alive:
+            raise Unavailable("the engine is not running.")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/guard/status")
+    async def status() -> dict[str, Any]:
+        return engine.status()
+
+    @app.post("/guard/revisions")
+    async def load(request: Request) -> dict[str, Any]:
+        body = parse(await request.body(), RevisionBody)
+        return await asyncio.to_thread(engine.load, body.revision, body.path, body.profile)
+
+    @app.delete("/guard/revisions/{revision}")
+    async def unload(
+        revision: str, drain_s: Annotated[float, Query(ge=0, le=_MAX_DRAIN_S)] = 0.0
+    ) -> dict[str, Any]:
+        if revision == engine.name:
+            raise BadRequest("the base cannot be unloaded.", param="revision")
+        await asyncio.to_thread(engine.unload, revision, drain_s)
+        return {"revision": revision, "unloaded": True}
+
+    @app.put("/guard/revisions/{revision}/profile")
+    async def set_profile(revision: str, request: Request) -> dict[str, Any]:
+        body = parse(await request.body(), ProfileBody)
+        name = None if revision == engine.name else revision
+        return await asyncio.to_thread(engine.books.set_profile, name, body.profile)
+
+    return app
+
+
+async def _complete(
+    engine: EmbeddedEngine, request: Request, body: ChatBody | CompletionBody, chat: bool
+) -> Response:
+    revision = None if body.model == engine.name else body.model
+    if revision not in engine.books:
+        engine.books.entry(revision)  # raises the 404, before any work is done for it
+    answer = engine.submit(body.generate(engine.tokenizer, revision))
+    form = Form(chat, body.model)
+    try:
+        if not body.stream:
+            result = await _unless_gone(request, lambda: whole(answer, form))
+            return JSONResponse(result) if result is not None else Response(status_code=499)
+        # The headers wait for the first event: what fails before it can still be an ordinary error.
+        first = await _unless_gone(request, lambda: anext(answer))
+        if first is None:
+            return Response(status_code=499)
+        if isinstance(first, Failed):
+            raise first.error
+        return AnswerStream(answer, stream(first, answer, form, body.wants_usage))
+    except BaseException:
+        answer.cancel()
+        raise
+    finally:
+        if not body.stream:
+            answer.cancel()
+
+
+async def _unless_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T | None:
+    """The result of `work`, or None if the client hung up first; the work is then cancelled."""
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def run() -> T:
+        return await work()
+
+    working, gone = asyncio.create_task(run()), asyncio.create_task(hang_up())
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
