@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from serving.cases import is_suspect
 from serving.errors import NotFound
 from serving.policy import Policy
 from serving.store.database import Store
@@ -24,11 +26,14 @@ from serving.store.models import Adapter
 
 @dataclass(frozen=True)
 class Route:
-    """Where a request to ``alias`` goes. ``revision`` is the engine's model name; the base routes to itself."""
+    """Where a request to ``alias`` goes. ``revision`` is the engine's model name; the base routes to itself.
+
+    ``good`` is the previous revision if that is one to fall back on: after a repair, the previous one is the suspect.
+    """
 
     alias: str
     revision: str
-    previous: str | None
+    good: str | None
     policy: Policy
 
 
@@ -45,13 +50,15 @@ class Aliases:
         """Read the table from the database (blocking). Requests that have a route keep theirs."""
         with self._store.read() as session:
             rows = session.scalars(select(Adapter).where(Adapter.live_revision.is_not(None))).all()
-            routes = {row.alias: self._route(row) for row in rows}
+            routes = {row.alias: self._route(session, row) for row in rows}
         self._routes = MappingProxyType(routes)
 
-    def _route(self, row: Adapter) -> Route:
+    def _route(self, session: Session, row: Adapter) -> Route:
         policy = Policy.model_validate(row.policy) if row.policy else self._default
         assert row.live_revision is not None
-        return Route(row.alias, row.live_revision, row.previous_revision, policy)
+        previous = row.previous_revision
+        good = previous if previous and not is_suspect(session, previous) else None
+        return Route(row.alias, row.live_revision, good, policy)
 
     def routes(self) -> tuple[Route, ...]:
         """All routes, the base first, then by name."""

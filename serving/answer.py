@@ -24,7 +24,7 @@ from serving.cases import Flag
 from serving.engine import Engine, EngineError
 from serving.errors import ServingError, Unavailable
 from serving.events import Done, Event, StreamBroken, encode
-from serving.holdback import Finish, Opened, Pass, Transcript, hold_back, read_verdict
+from serving.holdback import CHECK_SECONDS, Finish, Opened, Pass, Transcript, hold_back, read_verdict
 from serving.metrics import Metrics
 from serving.policy import Decision, Policy, decide
 
@@ -130,8 +130,8 @@ class Answers:
 
     def _target(self, ask: Ask, policy: Policy) -> Leg:
         """Who answers a rerouted request: the last good revision if there is one, else the base; always blocking."""
-        previous = ask.route.previous if policy.reroute_to == "previous" else None
-        return Leg(previous or self._base, policy.as_block())
+        good = ask.route.good if policy.reroute_to == "previous" else None
+        return Leg(good or self._base, policy.as_block())
 
     # ---- what is remembered ---------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Answers:
             },
         )
         if verdict.status == "flagged":
-            action = decision.would_action and f"would_{decision.would_action}" or decision.action
+            action = f"would_{decision.would_action}" if decision.would_action else decision.action
             flag = Flag(ask.id, ask.route.alias, leg.revision, ask.key_id, action, verdict, ask.messages, text)
             # A task of its own: a client that hangs up must not keep its own flag out of the case.
             task = asyncio.create_task(asyncio.to_thread(self._keep, flag))
@@ -175,12 +175,13 @@ class Answers:
     async def whole(self, ask: Ask) -> Whole:
         """Answer in one piece. Raises EngineError (the engine's own 4xx) or Unavailable."""
         first = Leg(ask.route.revision, ask.route.policy)
-        body, verdict, decision = await self._complete(ask, first)
-        if decision.action != "reroute":
-            guard = self._guard(ask, first, verdict, decision)
-            return Whole({**body, "guard": guard}, self._headers(ask, first, verdict, decision.action))
         second = self._target(ask, first.policy)
-        body, second_verdict, second_decision = await self._complete(ask, second)
+        with self._in_flight.hold(second.revision):  # it must not be unloaded before it may have to answer
+            body, verdict, decision = await self._complete(ask, first)
+            if decision.action != "reroute":
+                guard = self._guard(ask, first, verdict, decision)
+                return Whole({**body, "guard": guard}, self._headers(ask, first, verdict, decision.action))
+            body, second_verdict, second_decision = await self._complete(ask, second)
         guard = self._guard(ask, second, second_verdict, second_decision)
         guard = self._rerouted(ask, first, verdict, second, guard)
         return Whole({**body, "guard": guard}, self._headers(ask, second, verdict, guard["action"]))
@@ -192,7 +193,10 @@ class Answers:
                     body = await self._engine.complete(PATHS[ask.kind], self._body(ask, leg, stream=False))
             except (EngineError, TimeoutError) as error:
                 raise self._failed(ask, leg, "whole", error) from error
-        verdict = read_verdict(body.pop("guard", None), leg.policy)
+        told = body.pop("guard", None)
+        verdict = read_verdict(told, leg.policy)
+        if isinstance(told, dict) and isinstance(told.get(CHECK_SECONDS), float):
+            self._metrics.time_check(verdict.step, told[CHECK_SECONDS])
         decision = decide(verdict, leg.policy)
         text = "".join(_text(choice) for choice in body.get("choices") or ())
         if not decision.delivers:
@@ -234,6 +238,8 @@ class _Attempt:
         self._started = time.monotonic()
         self._stack = ExitStack()
         self._stack.enter_context(answers._in_flight.hold(leg.revision))
+        if leg.policy.mode == "reroute":  # whoever may have to answer instead must not be unloaded meanwhile
+            self._stack.enter_context(answers._in_flight.hold(answers._target(ask, leg.policy).revision))
         body = answers._body(ask, leg, stream=True)
         self._events = answers._engine.stream(PATHS[ask.kind], body)
         usage = bool((ask.body.get("stream_options") or {}).get("include_usage"))
@@ -284,6 +290,9 @@ class _Attempt:
     async def aclose(self, aborted: bool = True) -> None:
         """Cancel what the engine still does for this attempt. A flag that was raised before is kept all the same."""
         self._stack.close()
+        for step, seconds in self.transcript.check_seconds:
+            self._answers._metrics.time_check(step, seconds)
+        self.transcript.check_seconds.clear()
         verdict = self.transcript.verdict
         if aborted and not self._accounted:
             self._accounted = True

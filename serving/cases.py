@@ -27,7 +27,7 @@ from serving.evidence import Sealer
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.store.database import Store, new_id, now
-from serving.store.models import Adapter, Case, FlaggedRequest
+from serving.store.models import Adapter, Case, FlaggedRequest, Repair
 
 log = logging.getLogger(__name__)
 GATEWAY = "gateway"
@@ -156,7 +156,7 @@ class Cases:
                 .join(FlaggedRequest, FlaggedRequest.case_id == Case.id)
                 .group_by(Case.state)
             )
-            counts = {state: count for state, count in session.execute(by_state).all()}
+            counts = {row[0]: row[1] for row in session.execute(by_state)}
             stored = FlaggedRequest.evidence.is_not(None)
             size, oldest = session.execute(
                 select(func.coalesce(func.sum(FlaggedRequest.evidence_bytes), 0), func.min(FlaggedRequest.at)).where(
@@ -187,6 +187,13 @@ def get_case(session: Session, case_id: str) -> Case:
     return case
 
 
+def is_suspect(session: Session, revision: str) -> bool:
+    """Whether a revision is not one to fall back on: its case is open, or a repair of it was approved."""
+    case = select(Case.id).where(Case.revision == revision, Case.state.in_(OPEN_STATES))
+    repaired = select(Repair.id).where(Repair.revision == revision, Repair.state == "approved")
+    return session.scalars(case).first() is not None or session.scalars(repaired).first() is not None
+
+
 def close_case(session: Session, case_id: str, actor: str, comment: str = "") -> Case:
     """Close an open case; the next flag of its revision opens a new one. Raises Conflict while it is being repaired."""
     case = get_case(session, case_id)
@@ -215,7 +222,7 @@ def exclude_request(session: Session, case_id: str, request_id: str, actor: str,
 
 
 def export_flags(store: Store, sealer: Sealer, case_id: str, path: Path) -> int:
-    """Write the evidence of a case as JSON lines for the clinic (mode 600); returns how many. Called by the worker only.
+    """Write the evidence of a case as JSON lines for the clinic (mode 600); returns how many. For the worker only.
 
     Each line: {"request_id", "messages", "response", "verdict", "revision"}. Excluded and erased requests are left out.
     """

@@ -59,7 +59,8 @@ def _parse(block: bytes) -> list[Event]:
     try:
         for line in block.decode().splitlines():
             if line.startswith(_GUARD):
-                annotations.append(Annotation(json.loads(line.removeprefix(_GUARD))))
+                verdict = json.loads(line.removeprefix(_GUARD))
+                annotations.append(Annotation(verdict if isinstance(verdict, dict) else {}))
             elif line.startswith("data:"):
                 payload.append(line.removeprefix("data:").removeprefix(" "))
         if not payload:

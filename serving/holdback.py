@@ -13,7 +13,7 @@ a clean one that was never made final. Engines that write no chunk per token are
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ from serving.policy import Decision, Policy, decide
 
 # After an answer is stopped, how many further events are read in the hope of the usage chunk that the client asked for.
 _EVENTS_AFTER_STOP = 64
+# What an engine may add to a verdict: the time its check took, in seconds.
+CHECK_SECONDS = "check_seconds"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Transcript:
     text: str = ""
     tokens: int = 0
     released: bool = False
+    check_seconds: list[tuple[int, float]] = field(default_factory=list)  # (step, seconds) of each check
     verdict: Verdict | None = None
     identity: dict[str, Any] = field(default_factory=dict)  # id, object, created, model; the engine's once it spoke
     spoke: bool = False
@@ -76,7 +79,7 @@ def read_verdict(data: Any, policy: Policy, step: int = 0) -> Verdict:
     if data is None:
         return unscored("no_annotation", alpha=policy.alpha, window=policy.window, step=step)
     try:
-        return Verdict.from_dict(data)
+        return Verdict.from_dict({name: value for name, value in data.items() if name != CHECK_SECONDS})
     except (TypeError, ValueError, AttributeError):
         return unscored("unreadable_annotation", alpha=policy.alpha, window=policy.window, step=step)
 
@@ -110,12 +113,13 @@ class _Gate:
         self.policy = policy
         self.transcript = transcript
         self.held: list[bytes] = []
-        self.annotated = False
 
     def hear(self, annotation: Annotation) -> None:
         """Take in a verdict; a flagged one stays, whatever comes after it."""
-        self.annotated = True
         verdict = read_verdict(annotation.verdict, self.policy, self.transcript.tokens)
+        seconds = annotation.verdict.get(CHECK_SECONDS)
+        if isinstance(seconds, float):
+            self.transcript.check_seconds.append((verdict.step, seconds))
         before = self.transcript.verdict
         if before is None or before.status != "flagged" or verdict.status == "flagged":
             self.transcript.verdict = verdict
@@ -149,7 +153,7 @@ class _Gate:
 
 async def hold_back(
     events: AsyncIterator[Event], policy: Policy, transcript: Transcript, *, chat: bool, wants_usage: bool = False
-) -> AsyncIterator[Opened | Pass | Finish]:
+) -> AsyncGenerator[Opened | Pass | Finish, None]:
     """Guard one stream. ``transcript`` is filled on the way and tells, at the end, what the engine said.
 
     Raises StreamBroken when the engine's stream breaks (before ``Opened``: nothing was sent; after it: the caller

@@ -131,6 +131,10 @@ class Metrics:
         if verdict.status == "unscored" and decision.delivers:
             self.bypasses.labels(self.reason(verdict.reason)).inc()
 
+    def time_check(self, step: int, seconds: float) -> None:
+        """Record how long the engine's check at ``step`` took."""
+        self.check_seconds.labels("prefill" if step == 0 else "decode").observe(seconds)
+
     def count_error(self, alias: str, revision: str, policy: Policy, phase: str) -> None:
         """Count one request that the engine failed to answer."""
         self.checks.labels(alias, self.engine, revision, phase, policy.mode, "error").inc()

@@ -59,6 +59,7 @@ class Revision(Base):
     path: Mapped[str | None] = mapped_column(Text)
     profile_path: Mapped[str | None] = mapped_column(Text)
     profile_digest: Mapped[str | None] = mapped_column(String(64))
+    profile_at: Mapped[float | None] = mapped_column(Float)
     smallest_alpha: Mapped[float | None] = mapped_column(Float)
     info: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_by: Mapped[str] = mapped_column(String(32))

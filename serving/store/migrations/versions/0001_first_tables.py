@@ -70,6 +70,7 @@ def upgrade() -> None:
         sa.Column("path", sa.Text(), nullable=True),
         sa.Column("profile_path", sa.Text(), nullable=True),
         sa.Column("profile_digest", sa.String(length=64), nullable=True),
+        sa.Column("profile_at", sa.Float(), nullable=True),
         sa.Column("smallest_alpha", sa.Float(), nullable=True),
         sa.Column("info", sa.JSON(), nullable=False),
         sa.Column("created_by", sa.String(length=32), nullable=False),

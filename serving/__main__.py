@@ -1,0 +1,5 @@
+"""`python -m serving` is `headguard`."""
+
+from serving.cli import main
+
+main()
