@@ -1,0 +1,54 @@
+"""`headguard purify`: repair an adapter from flagged requests and clean rows, durably, without a gateway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serving.cli.output import AsJson, Failure, show
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "purify",
+        epilog="Example: headguard purify --model base --adapter my-lora --flags flags.jsonl --clean clean/ --out repair/",
+    )(purify)
+
+
+def purify(
+    model: Annotated[Path, typer.Option(help="Folder of the base model.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of the suspicious adapter.")],
+    flags: Annotated[Path, typer.Option(help="Flagged requests (.jsonl), as a case exports them.")],
+    clean: Annotated[Path, typer.Option(help="File or folder of clean {instruction, input, output} rows.")],
+    out: Annotated[Path, typer.Option(help="Folder for the candidate, its profile and the report.")],
+    reference: Annotated[
+        str, typer.Option(help="Who answers the flagged prompts rightly: 'base', or a folder of a good adapter.")
+    ] = "base",
+    stages: Annotated[str, typer.Option(help="Stages to run, in order.")] = "heads,counter",
+    name: Annotated[str, typer.Option(help="Adapter name of the candidate's revision.")] = "adapter",
+    alpha: Annotated[float, typer.Option(help="False-alarm rate the candidate's profile should support.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of splits and training.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make a repaired candidate and its report. Killed and started again, it goes on at the step it was in.
+
+    Exit code 1 when no candidate passed the gate.
+    """
+    from offline_purify import workflow
+    from offline_purify.progress import ProgressBar
+    from offline_purify.spec import RepairSpec
+
+    spec = RepairSpec(
+        base=model, adapter=adapter, flags=flags, clean=clean, out=out, name=name, alpha=alpha, seed=seed,
+        reference=reference if reference == "base" else Path(reference),
+        stages=[stage.strip() for stage in stages.split(",") if stage.strip()],
+    )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    with ProgressBar(disable=as_json) as bar:
+        result = workflow.run(spec, f"sqlite:///{out.absolute() / 'workflow.sqlite'}", progress=bar)
+    show(result.model_dump(mode="json"), as_json)
+    if result.status != "offered":
+        raise Failure(f"no candidate: {result.status}: {'; '.join(result.reasons) or 'see the report'}")
