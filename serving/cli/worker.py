@@ -1,0 +1,35 @@
+"""`headguard worker`: make the repairs that operators ask the gateway for."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("worker", epilog="Example: headguard worker BASE --state-dir STATE --clean clean/")(worker)
+
+
+def worker(
+    model: Annotated[Path, typer.Argument(help="Folder of the base model, the one the gateway serves.")],
+    clean: Annotated[Path, typer.Option(help="File or folder of clean {instruction, input, output} rows.")],
+    state_dir: Annotated[Path | None, typer.Option(help="The gateway's state folder.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The gateway's settings file (TOML).")] = None,
+) -> None:
+    """Serve repairs until stopped. Killed in the middle of one, it goes on there when started again."""
+    from guard.rows import read_rows
+    from serving.settings import load_settings
+    from serving.worker import Worker
+
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    read_rows(clean)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    Worker(load_settings(config, model=model, state_dir=state_dir), clean).run(stop)
