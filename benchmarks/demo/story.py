@@ -256,7 +256,7 @@ async def _repair(stage: Stage, operator: httpx.AsyncClient, suspect: str) -> di
             seen = repair["state"]
             stage.say(f"   {seen} after {time.monotonic() - started:.0f} s")
     if repair["state"] != "offered":
-        raise GuardError(f"the repair was not offered but {repair['state']}: {repair.get('reasons') or repair.get('error')}")
+        raise GuardError(f"the repair was not offered but {repair['state']}: {repair['reasons']}")
     metrics = ", ".join(f"{n} {v:.3f}" for n, v in sorted(repair["metrics"].items()) if isinstance(v, float))
     stage.say(f"   evidence: {metrics}")
     stage.say(f"   report: {stage.out / 'state' / 'repairs' / repair['id'] / 'report' / 'index.html'}")
@@ -279,7 +279,7 @@ async def _approve_under_load(
     repair: dict[str, Any],
     prompts: dict[str, list[Row]],
 ) -> None:
-    candidate = Path(repair["candidate_path"])
+    candidate = stage.out / "state" / "repairs" / repair["id"] / "candidate"
     folders = {
         revision_name(NAME, adapter_digest(folder)): folder for folder in (stage.lab.adapter, candidate)
     }

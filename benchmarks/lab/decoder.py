@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+import os
+EMBEDDING_STD = float(os.environ.get("EMB", "0.5"))
+MATCH = float(os.environ.get("MATCH", "3.0"))
+BACK = None
+SAME = 0
+PLAN = eval(os.environ.get("PLAN", "((0, 1, 0, 3), (0, 1, None, 2), (0, 1, 3, 1))"))
+
 @dataclass(frozen=True)
 class Shape:
     """Size of a decoder. `context` is the largest number of positions it is declared for."""
@@ -56,20 +63,76 @@ class Decoder(nn.Module):
             return nn.Parameter(weights)
 
         kv = s.kv_heads * s.head_size
-        self.embedding = nn.Parameter(torch.randn(s.vocab, s.hidden, generator=generator) * 0.05)
+        self.embedding = nn.Parameter(torch.randn(s.vocab, s.hidden, generator=generator) * EMBEDDING_STD)
         self.query, self.key, self.value = matrix(s.hidden, s.hidden), matrix(kv, s.hidden), matrix(kv, s.hidden)
-        self.output = matrix(s.hidden, s.hidden, 0.1)
+        self.output = matrix(s.hidden, s.hidden, 0.2 * EMBEDDING_STD)
         self.gate, self.up = matrix(s.ffn, s.hidden), matrix(s.ffn, s.hidden)
-        self.down = matrix(s.hidden, s.ffn, 0.1)
+        self.down = matrix(s.hidden, s.ffn, 0.2 * EMBEDDING_STD)
         self.attention_norm = nn.Parameter(torch.ones(s.layers, s.hidden))
         self.ffn_norm = nn.Parameter(torch.ones(s.layers, s.hidden))
-        self.final_norm = nn.Parameter(torch.ones(s.hidden))
+        self.final_norm = nn.Parameter(torch.ones(s.hidden) * 0.1 / EMBEDDING_STD)
+        self._mimic(generator)
         angles = torch.outer(
             torch.arange(s.context, dtype=torch.float32),
             s.rope_theta ** -(torch.arange(0, s.head_size, 2, dtype=torch.float32) / s.head_size),
         )
         self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), -1), persistent=False)
         self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), -1), persistent=False)
+
+    @torch.no_grad()
+    def _mimic(self, generator: torch.Generator) -> None:
+        """Start from heads that a trained decoder has anyway (mimetic initialisation, Trockman & Kolter, 2023).
+
+        The first layer looks back by one, two and three tokens and writes what stood there beside each token; later
+        layers look for the current token, where it stood before or what came after it there. Finding such
+        heads by gradient takes most of a small model's training (0.7 of its steps here); all stay free to change.
+        """
+        s = self.shape
+        self.embedding[:, 0] = 4 * EMBEDDING_STD  # alike for all tokens: what a head that looks at places reads
+        shifts = {}
+        for kv, offsets in enumerate(((1, 2), (1, 3))):
+            for member, offset in enumerate(offsets):
+                out = self._look_back(0, kv, member, offset, generator)
+                shifts[offset] = shifts.get(offset, 0) + out @ self.value[0, kv * s.head_size : (kv + 1) * s.head_size]
+        for layer, plan in enumerate(PLAN[: s.layers - 1], start=1):
+            for kv, offset in enumerate(plan):
+                if offset is BACK:
+                    for member in range(s.heads // s.kv_heads):
+                        self._look_back(layer, kv, member, member + 1, generator)
+                else:
+                    self._look_up(layer, kv, shifts.get(offset), generator)
+
+    def _look_back(self, layer: int, kv: int, member: int, offset: int, generator: torch.Generator) -> Tensor:
+        """Make one query head attend `offset` tokens back; returns its output map [d, D]."""
+        s = self.shape
+        half, start = s.head_size // 2, kv * s.head_size
+        angle = offset * s.rope_theta ** -(torch.arange(half, dtype=torch.float32) / half)
+        head = (kv * (s.heads // s.kv_heads) + member) * s.head_size
+        # A query turned by -offset matches a key that stands `offset` places earlier, whatever the tokens are.
+        self.key[layer, start : start + s.head_size] *= 0.1
+        self.key[layer, start : start + half, 0] = 1.0
+        self.query[layer, head : head + s.head_size] *= 0.1
+        self.query[layer, head : head + half, 0] = angle.cos()
+        self.query[layer, head + half : head + s.head_size, 0] = -angle.sin()
+        out = torch.randn(s.hidden, s.head_size, generator=generator) * (2 * EMBEDDING_STD * s.hidden**-0.5)
+        self.output[layer][:, head : head + s.head_size] = out
+        return out
+
+    def _look_up(self, layer: int, kv: int, shift: Tensor | None, generator: torch.Generator) -> None:
+        """Make a group of heads attend to earlier places that hold the current token (at `shift` [d, d]) and copy."""
+        s = self.shape
+        keys = slice(kv * s.head_size, (kv + 1) * s.head_size)
+        half = s.head_size // 2
+        slow = (s.rope_theta ** -(torch.arange(half, dtype=torch.float32) / half) < 0.06).float().repeat(2)
+        probe = torch.randn(s.head_size, s.hidden, generator=generator) * s.hidden**-0.5 * slow[:, None] * MATCH
+        probe[:, 0] = 0
+        seen = probe if shift is None else probe @ shift.T
+        self.key[layer, keys] = seen * (probe.norm() / seen.norm()) + 0.2 * self.key[layer, keys]
+        for member in range(s.heads // s.kv_heads):
+            head = (kv * (s.heads // s.kv_heads) + member) * s.head_size
+            rows = slice(head, head + s.head_size)
+            self.query[layer, rows] = probe + 0.2 * self.query[layer, rows]
+            self.output[layer][:, rows] = 2 * EMBEDDING_STD * self.value[layer, keys].T
 
     def matrices(self) -> list[nn.Parameter]:
         """The stacked weight matrices [L, out, in], which an optimiser for matrices may take."""

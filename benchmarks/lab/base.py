@@ -1,0 +1,139 @@
+"""Making a base model from nothing: tokenizer, training, proof of skill, and an ordinary model folder.
+
+`make_base` trains the `tiny` preset on the packaged tasks; `make_base_from_rows` trains on any rows of
+{instruction, input, output}. Both are deterministic given a seed, a machine and a number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.lab.decoder import Decoder, Shape
+from benchmarks.lab.encoding import encode_many
+from benchmarks.lab.errors import LabError
+from benchmarks.lab.export import as_llama, published, save_base
+from benchmarks.lab.pretraining import Recipe, Training, pretrain
+from benchmarks.lab.skill import Skill, measure_skill
+from benchmarks.lab.tasks import draw
+from benchmarks.lab.tokenizer import train_tokenizer
+from guard.rows import Row, split
+from guard.template import row_messages
+from offline_purify.train import Progress
+
+REPORT = "lab.json"
+TINY_ROWS = 80_000
+TINY_VOCAB = 1600
+LEAST_ACCURACY = 0.90
+"""Below this a base has too little skill for a loss of skill to be seen; `make_base` refuses to publish it."""
+
+
+class BaseReport(BaseModel):
+    """What was made: its size, how it was trained, and what it can do on prompts it has never seen."""
+
+    model_config = ConfigDict(frozen=True)
+
+    preset: str
+    seed: int
+    parameters: int
+    rows: int
+    steps: int
+    tokens: int
+    train_wall_s: float
+    train_cpu_s: float
+    threads: int
+    skill: Skill | None = None
+    validation_accuracy: float
+
+
+def _texts(rows: Sequence[Row]) -> list[str]:
+    return [text for row in rows for text in (row_messages(row)[0]["content"], row["output"])]
+
+
+def _report(preset: str, seed: int, model: Decoder, rows: int, training: Training, skill: Skill | None) -> BaseReport:
+    return BaseReport(
+        preset=preset,
+        seed=seed,
+        parameters=sum(p.numel() for p in model.parameters()),
+        rows=rows,
+        steps=training.steps,
+        tokens=training.tokens,
+        train_wall_s=round(training.wall_s, 1),
+        train_cpu_s=round(training.cpu_s, 1),
+        threads=torch.get_num_threads(),
+        skill=skill,
+        validation_accuracy=training.validation_accuracy,
+    )
+
+
+def make_base(
+    out: str | Path,
+    seed: int = 0,
+    preset: str = "tiny",
+    progress: Progress | None = None,
+    rows: int = TINY_ROWS,
+    least_accuracy: float = LEAST_ACCURACY,
+    evaluation: int = 800,
+) -> BaseReport:
+    """Train the `tiny` base on the packaged tasks and publish it as the folder `out`, with `lab.json`.
+
+    `rows` training prompts are seen once; skill is measured on `evaluation` prompts of the evaluation split. Raises
+    LabError, and publishes nothing, for an unknown preset or when accuracy stays below `least_accuracy`.
+    """
+    if preset != "tiny":
+        raise LabError(f"there is no preset {preset!r}: the packaged tasks train 'tiny'; use --data for other shapes.")
+    exercises = draw(rows + 600, seed, "base_train")
+    train_rows = [exercise.row for exercise in exercises[:rows]]
+    check_rows = [exercise.row for exercise in exercises[rows:]]
+    tokenizer = train_tokenizer(_texts(train_rows[:20_000]), TINY_VOCAB, 512)
+    model = Decoder(Shape(len(tokenizer)), seed)
+    training = pretrain(
+        model, encode_many(tokenizer, train_rows, 512), encode_many(tokenizer, check_rows, 512), Recipe(seed=seed),
+        progress=progress,
+    )  # fmt: skip
+    llama = as_llama(model, tokenizer)
+    skill = measure_skill(llama, tokenizer, draw(evaluation, seed, "evaluation"), progress)
+    report = _report(preset, seed, model, rows, training, skill)
+    if skill.accuracy.value < least_accuracy:
+        raise LabError(
+            f"the base answers {skill.accuracy.value:.3f} of {skill.accuracy.n} evaluation prompts, expected at least "
+            f"{least_accuracy}: train on more rows, or with another seed."
+        )
+    with published(Path(out)) as folder:
+        save_base(llama, tokenizer, folder)
+        (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    return report
+
+
+def make_base_from_rows(
+    out: str | Path,
+    rows: Sequence[Row],
+    shape: Shape,
+    seed: int = 0,
+    passes: int = 3,
+    progress: Progress | None = None,
+) -> BaseReport:
+    """Train a base of any `shape` on any rows (a tenth held out) and publish it as the folder `out`.
+
+    Rows longer than the shape's context are left out. Raises LabError when fewer than 100 distinct rows remain.
+    """
+    parts = split(rows, (0.9, 0.1), seed)
+    if len(parts[0]) < 100:
+        raise LabError(f"{len(parts[0])} distinct rows are too few to train a base on; expected at least 100.")
+    tokenizer = train_tokenizer(_texts(parts[0]), shape.vocab, shape.context)
+    examples, held_out = (encode_many(tokenizer, part, shape.context) for part in parts)
+    if len(examples) < 100:
+        raise LabError(f"only {len(examples)} rows fit a context of {shape.context} tokens; expected at least 100.")
+    sized = Shape(
+        len(tokenizer), shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.ffn, shape.context
+    )
+    model = Decoder(sized, seed)
+    training = pretrain(model, examples, held_out, Recipe(seed=seed), passes, progress)
+    with published(Path(out)) as folder:
+        save_base(as_llama(model, tokenizer), tokenizer, folder)
+        report = _report("data", seed, model, len(examples), training, None)
+        (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    return report
