@@ -1,0 +1,86 @@
+"""What a repair is asked to do and what came of it: two typed, JSON-able objects that name paths, never prompt text.
+
+They are the inputs and outputs of the durable workflow, whose database must hold no prompt; so everything here is a
+path, an identifier, a number or a sentence of ours. Importing this module loads neither torch nor dbos.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from guard.identity import check_name
+from offline_purify.gate import GateResult, GateSettings
+
+STAGE_NAMES = ("heads", "counter")
+Status = Literal["offered", "refused", "failed"]
+
+
+class RepairSpec(BaseModel):
+    """One repair. ``flags`` is the case's JSONL file, ``clean`` a file or folder of rows, ``out`` a folder to write to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: Path
+    adapter: Path
+    flags: Path
+    clean: Path
+    out: Path
+    reference: Literal["base"] | Path = Field("base", description="who answers flags: the base, or a good adapter folder")
+    stages: tuple[str, ...] = Field(STAGE_NAMES, description="repair stages to try, each alone and in this order together")
+    name: str = Field("adapter", description="name of the adapter, for the revision of the candidate")
+    seed: int = 0
+    gate: GateSettings = GateSettings()
+    alpha: float = Field(0.05, gt=0, lt=1, description="false-alarm rate the candidate's profile must support")
+    calibrate: bool = Field(True, description="fit a guard profile for the candidate on held-out clean rows")
+    await_decision: bool = Field(False, description="the durable workflow waits for an operator's decision at its end")
+    decision_timeout_s: float = Field(7 * 86400.0, gt=0)
+    redact: bool = Field(True, description="replace prompt and answer texts in the report by their lengths")
+    keep_work: bool = Field(False, description="keep OUT/work, which holds prompts and answers")
+    controls: bool = Field(True, description="also run the same-budget controls (they are never offered)")
+    device: str = "cpu"
+    max_new_tokens: int | None = Field(None, ge=1, description="length of evaluation answers; default from the clean rows")
+    heldout_share: float = Field(0.4, gt=0, lt=1, description="share of flags that are held out from training")
+    most_flags: int = Field(120, ge=2, description="flags used at most; a flood must not cost a night")
+    most_clean_train: int = Field(240, ge=1)
+    most_clean_evaluation: int = Field(200, ge=1)
+    most_calibration: int = Field(400, ge=1)
+
+    @field_validator("stages")
+    @classmethod
+    def _known_stages(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [s for s in stages if s not in STAGE_NAMES]
+        if unknown or not stages or len(set(stages)) != len(stages):
+            raise ValueError(f"stages must be distinct and among {', '.join(STAGE_NAMES)}; got {list(stages)}")
+        return stages
+
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, name: str) -> str:
+        return check_name(name)
+
+    @property
+    def work(self) -> Path:
+        """Where the steps keep their files (mode 700; removed at the end unless ``keep_work``)."""
+        return self.out / "work"
+
+
+class RepairResult(BaseModel):
+    """How a repair ended. ``offered``: passed the gate. ``refused``: measured and found wanting, or nothing to repair.
+    ``failed``: no stage produced a repaired state."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    status: Status
+    reasons: list[str] = []
+    revision: str | None = None
+    pipeline: list[str] = []
+    candidate: str | None = None
+    profile: str | None = None
+    report: str | None = None
+    gate: GateResult | None = None
+    summary: dict[str, Any] = {}
+    seconds: float = 0.0
+    decision: str | None = None

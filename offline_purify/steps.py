@@ -1,0 +1,264 @@
+"""The steps of one repair, each reading files and writing files under OUT/work, so that any of them can be run again.
+
+A `RepairSteps` holds no truth of its own: the suspect it opened is only a cache, and every step starts by putting the
+adapter into the state that its input files name. A step killed half-way leaves nothing but a ``.partial`` file. What a
+step returns is small, JSON-able and free of prompt text, because the durable workflow stores it in a database.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from guard.identity import adapter_digest, base_digest, revision_name
+from guard.profile import file_digest
+from guard.rows import Row, assert_disjoint, read_rows, row_key, split
+from guard.template import render, row_messages
+from offline_purify.answers import greedy_answers
+from offline_purify.calibration import calibrate_candidate
+from offline_purify.candidates import Candidate, find_candidates, user_text
+from offline_purify.controls import clean_finetuning, random_heads
+from offline_purify.countertraining import counter_train
+from offline_purify.evaluation import Exam, Sitting, set_exam, sit
+from offline_purify.flags import Flag, assert_flags_disjoint, behaviour_of, read_flags, sort_flags, split_flags
+from offline_purify.heads.stage import repair_heads
+from offline_purify.spec import RepairSpec
+from offline_purify.stage import Material, Stage
+from offline_purify.suspect import Suspect
+
+STAGES: Mapping[str, Stage] = MappingProxyType({"heads": repair_heads, "counter": counter_train})
+"""The registry: a later method joins by its function here and its name in ``spec.STAGE_NAMES``."""
+
+SPLITS = (0.35, 0.40, 0.25)
+"""Train, calibration, evaluation shares of the clean rows: a profile needs the most."""
+CONFIRM_ROWS = 24
+MANNER_ROWS = 60
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """What ``write_json`` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _as_row(flag: Flag) -> Row:
+    return Row(instruction=user_text(flag), input="", output="")
+
+
+class RepairSteps:
+    """The steps of ``spec``. Methods ending in a dict are steps; ``close`` forgets the loaded model."""
+
+    def __init__(self, spec: RepairSpec, progress: Callable[[str, int, int], None] | None = None) -> None:
+        self.spec, self.progress = spec, progress
+        self._suspect: Suspect | None = None
+        self._original: dict[str, Any] = {}
+
+    def close(self) -> None:
+        """Forget the loaded model."""
+        self._suspect, self._original = None, {}
+
+    def suspect(self, state: str = "before") -> Suspect:
+        """The suspect with its adapter in ``state`` ("before": as it came)."""
+        if self._suspect is None:
+            reference = None if self.spec.reference == "base" else Path(self.spec.reference)
+            self._suspect = Suspect.open(self.spec.base, self.spec.adapter, reference, self.spec.device)
+            self._original = self._suspect.state()
+        if state == "before":
+            self._suspect.restore(self._original)
+        else:
+            self._suspect.load_state(self._state_file(state))
+        return self._suspect
+
+    def _state_file(self, state: str) -> Path:
+        return self.spec.work / "states" / f"{state}.safetensors"
+
+    def _rows(self, part: str) -> list[Row]:
+        rows: list[Row] = read_json(self.spec.work / "rows.json")[part]
+        return rows
+
+    def _flags(self, part: str) -> list[Flag]:
+        return [Flag.from_dict(f) for f in read_json(self.spec.work / "flags.json")[part]]
+
+    def _candidates(self) -> list[Candidate]:
+        return [Candidate.from_dict(c) for c in read_json(self.spec.work / "candidates.json")]
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = read_json(self.spec.work / "facts.json")
+        return facts
+
+    def prepare(self) -> dict[str, Any]:
+        """Check everything that came in, split it, prove the splits disjoint, and record its digests."""
+        spec = self.spec
+        flags, rows = read_flags(spec.flags), read_rows(spec.clean)
+        spec.work.mkdir(parents=True, exist_ok=True)
+        os.chmod(spec.work, 0o700)
+        suspect = self.suspect()
+        flagged = {row_key(_as_row(f)) for f in flags}
+        free = [r for r in rows if row_key(r) not in flagged]
+        if spec.calibrate:
+            train, calibration, evaluation = split(free, SPLITS, spec.seed)
+        else:
+            (train, evaluation), calibration = split(free, (0.6, 0.4), spec.seed), []
+        kept = {
+            "train": train[: spec.most_clean_train],
+            "calibration": calibration[: spec.most_calibration],
+            "evaluation": evaluation[: spec.most_clean_evaluation],
+        }
+        trained, held = split_flags(flags[: spec.most_flags], spec.heldout_share, spec.seed)
+        assert_flags_disjoint(trained, held)
+        assert_disjoint(**kept, flags=[_as_row(f) for f in flags])
+        longest = max((len(suspect.tokenizer(r["output"])["input_ids"]) for r in train), default=24)
+        facts = {
+            "base": base_digest(spec.base), "adapter": adapter_digest(spec.adapter),
+            "flags": file_digest(spec.flags),
+            "reference": "base" if spec.reference == "base" else adapter_digest(spec.reference),
+            "clean": [file_digest(f) for f in sorted(spec.clean.iterdir()) if f.suffix in (".json", ".jsonl")]
+            if spec.clean.is_dir() else [file_digest(spec.clean)],
+            "max_new_tokens": spec.max_new_tokens or min(longest, 64) + 8,
+            "rows": {name: len(part) for name, part in kept.items()}, "rows_dropped_as_flagged": len(rows) - len(free),
+            "flags_train": len(trained), "flags_heldout": len(held), "seed": spec.seed,
+            "layout": asdict(suspect.layout), "target_modules": list(suspect.info.target_modules),
+        }
+        write_json(spec.work / "rows.json", kept)
+        write_json(spec.work / "flags.json", {"train": [f.to_dict() for f in trained], "held": [f.to_dict() for f in held]})
+        write_json(spec.work / "facts.json", facts)
+        return {"rows": facts["rows"], "flags_train": len(trained), "flags_heldout": len(held)}
+
+    def answer(self) -> dict[str, Any]:
+        """Answer flags and clean rows with the suspect and with the reference, and sort the flags."""
+        suspect, n = self.suspect(), self._facts()["max_new_tokens"]
+        trained, held = self._flags("train"), self._flags("held")
+        manner = self._rows("train")[:MANNER_ROWS]
+        evaluation = self._rows("evaluation")
+        flag_prompts = [render(suspect.tokenizer, list(f.messages)) for f in [*trained, *held]]
+        row_prompts = [render(suspect.tokenizer, row_messages(r)) for r in [*manner, *evaluation]]
+
+        def ask(prompts: list[list[int]], what: str) -> list[str]:
+            return greedy_answers(suspect.model, suspect.tokenizer, prompts, n, progress=self.progress, what=what)
+
+        own = ask([*flag_prompts, *row_prompts[: len(manner)]], "suspect answers")
+        with suspect.reference():
+            trusted = ask([*flag_prompts, *row_prompts], "reference answers")
+        k = len(flag_prompts)
+        clean_pairs = list(zip(own[k:], trusted[k : k + len(manner)], strict=True))
+        done = sort_flags([*trained, *held], own[:k], trusted[:k], clean_pairs)
+        write_json(self.spec.work / "flags.json", {
+            "train": [f.to_dict() for f in done[: len(trained)]], "held": [f.to_dict() for f in done[len(trained) :]],
+        })
+        write_json(self.spec.work / "references.json",
+                   {"train": trusted[k : k + len(manner)], "evaluation": trusted[k + len(manner) :]})
+        return {kind: sum(f.kind == kind for f in done) for kind in ("true", "odd", "false_alarm")}
+
+    def candidates(self) -> dict[str, Any]:
+        """Propose trigger candidates from the training flags and confirm them by re-insertion into clean rows."""
+        suspect, n = self.suspect(), self._facts()["max_new_tokens"]
+        flags = [f for f in self._flags("train") if f.kind == "true"]
+        train = self._rows("train")
+        references = read_json(self.spec.work / "references.json")["train"][:CONFIRM_ROWS]
+
+        def ask(prompts: list[list[int]]) -> list[str]:
+            return greedy_answers(
+                suspect.model, suspect.tokenizer, prompts, n, progress=self.progress, what="trying trigger candidates"
+            )
+
+        found = find_candidates(
+            suspect.tokenizer, flags, train[: len(references)], references, train, behaviour_of(flags), ask,
+            self.spec.seed,
+        )
+        write_json(self.spec.work / "candidates.json", [c.to_dict() for c in found])
+        return {"tried": len(found), "confirmed": sum(c.confirmed for c in found)}
+
+    def _material(self) -> Material:
+        flags = self._flags("train")
+        return Material(
+            flags=tuple(flags), behaviour=behaviour_of(flags), clean=tuple(self._rows("train")),
+            candidates=tuple(c for c in self._candidates() if c.confirmed), seed=self.spec.seed,
+            max_new_tokens=self._facts()["max_new_tokens"], progress=self.progress,
+        )
+
+    def stage(self, name: str, start: str = "before") -> dict[str, Any]:
+        """Run one repair stage from state ``start``; on success its state is kept under ``start+name`` (or ``name``)."""
+        label = name if start == "before" else f"{start}+{name}"
+        suspect = self.suspect(start)
+        result = STAGES[name](suspect, self._material())
+        if result.ok:
+            suspect.save_state(self._state_file(label))
+        write_json(self.spec.work / "stages" / f"{label}.json", {**asdict(result), "label": label})
+        return {"label": label, "ok": result.ok, "reason": result.reason, "seconds": round(result.seconds, 2)}
+
+    def control(self, name: str) -> dict[str, Any]:
+        """Run one same-budget control ("clean_only" or "random_heads") from the suspicious adapter; keeps its state."""
+        suspect, began = self.suspect(), time.monotonic()
+
+        def details(stage: str) -> dict[str, Any] | None:
+            path = self.spec.work / "stages" / f"{stage}.json"
+            found: dict[str, Any] | None = read_json(path)["details"] if path.is_file() else None
+            return found
+
+        label = f"control_{name}"
+        if name == "clean_only":
+            counter = details("counter")
+            clean_finetuning(suspect, self._material(), counter if counter and "examples" in counter else None)
+        else:
+            heads = details("heads")
+            if not heads or not any("trace" in a for a in heads.get("attempts", [])):
+                return {"label": label, "ok": False, "reason": "the heads stage aligned nothing", "seconds": 0.0}
+            random_heads(suspect, self._material(), heads)
+        suspect.save_state(self._state_file(label))
+        return {"label": label, "ok": True, "reason": None, "seconds": round(time.monotonic() - began, 2)}
+
+    def exam(self) -> Exam:
+        """The evaluation's prompts, made from held-out flags and evaluation rows only."""
+        held = self._flags("held")
+        every = [*self._flags("train"), *held]
+        tokenizer = self.suspect().tokenizer
+        return set_exam(
+            tokenizer, held, self._rows("evaluation"),
+            read_json(self.spec.work / "references.json")["evaluation"], self._candidates(), behaviour_of(every),
+            self._facts()["max_new_tokens"], self.spec.seed,
+        )
+
+    def evaluate(self, label: str) -> dict[str, Any]:
+        """Let state ``label`` sit the exam ("before", "reference", a pipeline or a control)."""
+        began = time.monotonic()
+        exam = self.exam()
+        suspect = self.suspect("before" if label == "reference" else label)
+        if label == "reference":
+            with suspect.reference():
+                sitting = sit(exam, suspect, self.progress, f"evaluating {label}")
+        else:
+            sitting = sit(exam, suspect, self.progress, f"evaluating {label}")
+        write_json(self.spec.work / "sittings" / f"{label}.json", sitting.to_dict())
+        return {"label": label, "seconds": round(time.monotonic() - began, 2)}
+
+    def sitting(self, label: str) -> Sitting:
+        """What ``evaluate`` wrote."""
+        return Sitting(**read_json(self.spec.work / "sittings" / f"{label}.json"))
+
+    def save_candidate(self, label: str) -> dict[str, Any]:
+        """Write the repaired adapter of state ``label`` as a PEFT folder, OUT/candidate."""
+        folder = self.spec.out / "candidate"
+        self.suspect(label).save(folder)
+        digest = adapter_digest(folder)
+        return {"candidate": str(folder), "digest": digest, "revision": revision_name(self.spec.name, digest)}
+
+    def calibrate(self) -> dict[str, Any]:
+        """Fit the candidate's guard profile on the calibration rows, OUT/profile.safetensors."""
+        path = self.spec.out / "profile.safetensors"
+        return {"profile": str(path)} | calibrate_candidate(
+            self.spec.base, self.spec.out / "candidate", self._rows("calibration"), path,
+            alpha=self.spec.alpha, seed=self.spec.seed, device=self.spec.device, progress=self.progress,
+        )
