@@ -31,6 +31,8 @@ KEPT_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 # What PEFT and the lab leave beside an adapter; accepted in an upload and not kept.
 _IGNORED = frozenset({"README.md", "lab.json", ".gitattributes", "training_args.json"})
 BASE = "base"
+# What an engine says about its probe beside the configuration that a profile depends on.
+_PROBE_STATE = ("attached", "blind", "reason")
 
 
 def check_file_name(name: str) -> bool:
@@ -49,7 +51,7 @@ def check_file_name(name: str) -> bool:
 def served_key(status: Mapping[str, Any], adapter: str) -> ProfileKey:
     """What a profile must have been fitted for, from the engine's status. ``adapter`` is a digest, or "none"."""
     probe = status["probe"]
-    key = probe.get("key") or {name: value for name, value in probe.items() if name not in ("attached", "reason")}
+    key = probe.get("key") or {name: value for name, value in probe.items() if name not in _PROBE_STATE}
     return ProfileKey(status["base"]["digest"], adapter, status["engine"], status["dtype"], key)
 
 

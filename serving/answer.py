@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from guard.verdict import Verdict
 from serving.aliases import InFlight, Route
@@ -191,7 +191,7 @@ class Answers:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     body = await self._engine.complete(PATHS[ask.kind], self._body(ask, leg, stream=False))
-            except (EngineError, TimeoutError) as error:
+            except (EngineError, StreamBroken, TimeoutError) as error:
                 raise self._failed(ask, leg, "whole", error) from error
         told = body.pop("guard", None)
         verdict = read_verdict(told, leg.policy)
@@ -241,7 +241,7 @@ class _Attempt:
         if leg.policy.mode == "reroute":  # whoever may have to answer instead must not be unloaded meanwhile
             self._stack.enter_context(answers._in_flight.hold(answers._target(ask, leg.policy).revision))
         body = answers._body(ask, leg, stream=True)
-        self._events = answers._engine.stream(PATHS[ask.kind], body)
+        self._events = cast(AsyncGenerator[Event, None], answers._engine.stream(PATHS[ask.kind], body))
         usage = bool((ask.body.get("stream_options") or {}).get("include_usage"))
         self._guarded = hold_back(
             _patient(self._events, answers._timeout_s), leg.policy, self.transcript, chat=ask.kind == "chat",

@@ -6,29 +6,17 @@ they are the client's fault (4xx). Everything else an engine does wrong is ``Una
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from serving.engines.client import EngineError, EngineUnavailable
 from serving.events import Event
 
-
-class EngineError(Exception):
-    """The engine refused: ``status`` and its OpenAI-shaped ``body``. 503 when it could not be reached at all."""
-
-    def __init__(self, status: int, body: dict[str, Any]) -> None:
-        self.status = status
-        self.body = body
-        super().__init__(message_of(body))
-
-
-def message_of(body: dict[str, Any]) -> str:
-    """The message in an OpenAI-shaped error body."""
-    error = body.get("error")
-    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+__all__ = ["Engine", "EngineError", "EngineUnavailable"]
 
 
 class Engine(Protocol):
-    """One engine. Every method raises EngineError; ``stream`` also StreamBroken."""
+    """One engine. Every method raises EngineError; ``complete`` and ``stream`` also StreamBroken."""
 
     async def status(self) -> dict[str, Any]:
         """``GET /guard/status``: base, dtype, probe, and the revisions loaded with their profiles."""
@@ -36,16 +24,16 @@ class Engine(Protocol):
     async def load(self, revision: str, path: str, profile: str | None = None) -> dict[str, Any]:
         """Load a revision from a folder (nothing happens if it is loaded already)."""
 
-    async def unload(self, revision: str) -> None:
+    async def unload(self, revision: str) -> dict[str, Any]:
         """Forget a revision that has no requests in flight."""
 
-    async def set_profile(self, revision: str, profile: str | None) -> None:
+    async def set_profile(self, revision: str, path: str | None) -> dict[str, Any]:
         """Attach a profile to a loaded revision or to the base."""
 
     async def complete(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Answer a request in one piece; ``path`` is the OpenAI route."""
 
-    def stream(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Event, None]:
+    def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[Event]:
         """Answer a request in events. Closing the generator cancels the request in the engine."""
 
     async def aclose(self) -> None:
