@@ -36,7 +36,8 @@ def advance(job: Job, choice: Choice, runner: Runner, decoder: Any) -> tuple[lis
     if _observe(job, runner, decoder) or job.step == 0:
         events.append(GuardUpdate(job.verdict))
     watch, verdict = job.request.watch, job.verdict
-    if (verdict.status == "flagged" and watch.stop) or (verdict.status == "unscored" and watch.fail_closed):
+    blind = verdict.status == "unscored" and job.settled
+    if (verdict.status == "flagged" and watch.stop) or (blind and watch.fail_closed):
         return _finish(job, events, "content_filter", decoder)
     if choice.token in runner.eos_ids:
         return _finish(job, events, "stop", decoder)
@@ -52,12 +53,10 @@ def advance(job: Job, choice: Choice, runner: Runner, decoder: Any) -> tuple[lis
 def _observe(job: Job, runner: Runner, decoder: Any) -> bool:
     """Asks the detector if this step is a checkpoint. Returns whether the verdict is news."""
     detector, track, step = job.detector, job.track, job.step
-    if detector is None or track is None or track.bucket is None or job.verdict.status == "flagged":
-        return False
-    if step not in detector.checkpoints or job.blind:
+    if detector is None or track is None or job.settled or step not in detector.checkpoints:
         return False
     if not runner.bank.complete(job.slot, step + 1):
-        job.blind = True
+        job.blind = job.settled = True
         before = job.verdict
         job.verdict = unscored(
             "probe_blind", alpha=before.alpha, window=before.window, step=step, profile=before.profile
@@ -66,6 +65,7 @@ def _observe(job: Job, runner: Runner, decoder: Any) -> bool:
     gram, focus = runner.bank.read(job.slot)
     reading = Reading(step, gram.cpu(), focus.cpu(), tuple(job.logprobs))
     job.verdict = _with_text(job, detector.observe(track, reading), decoder)
+    job.settled = job.verdict.final
     return True
 
 
@@ -83,7 +83,7 @@ def _with_text(job: Job, verdict: Verdict, decoder: Any) -> Verdict:
 
 def _finish(job: Job, events: list[Event], reason: FinishReason, decoder: Any) -> tuple[list[Event], bool]:
     """Ends a job in order: its final verdict, then its end."""
-    if job.detector is not None and job.track is not None and not job.verdict.final:
+    if job.detector is not None and job.track is not None and not job.settled:
         job.verdict = _with_text(job, job.detector.close(job.track), decoder)
     text = "" if reason == "content_filter" else job.stops.push(job.detokenizer.flush()) + job.stops.flush()
     last = GuardUpdate(job.verdict.closed())

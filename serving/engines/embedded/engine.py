@@ -121,6 +121,7 @@ class EmbeddedEngine:
                 id="", request=request, limit=limit, detector=detector, track=track, verdict=verdict,
                 sampler=Sampler(request.sampling), detokenizer=Detokenizer(self._decoder),
                 stops=StopStrings(request.stop), post=answer.post,
+                settled=track is None or track.bucket is None,
             )
             with self._wake:
                 if not self.alive:

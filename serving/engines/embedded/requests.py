@@ -97,6 +97,7 @@ class Job:
     detokenizer: Detokenizer
     stops: StopStrings
     post: Callable[[list[Event]], None]
+    settled: bool  # no later step can change the verdict
     slot: int = -1
     cancelled: bool = False
     over: bool = False
@@ -115,9 +116,9 @@ class Job:
         """Whether the next forward must be observed: a checkpoint is still to come and the verdict can still
         change.
         """
-        if self.detector is None or self.track is None or self.track.bucket is None:
+        if self.detector is None or self.settled:
             return False
-        return not self.verdict.final and len(self.tokens) <= self.detector.checkpoints[-1]
+        return len(self.tokens) <= self.detector.checkpoints[-1]
 
 
 class Answer:

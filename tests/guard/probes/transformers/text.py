@@ -29,7 +29,12 @@ def make_tokenizer():
 
 
 def save_model(folder, **changes):
-    """Writes model and tokenizer as an ordinary Hugging Face folder. Returns the folder."""
-    build(**changes).save_pretrained(folder)
+    """Writes model and tokenizer as an ordinary Hugging Face folder. Returns the folder.
+
+    The model never ends an answer of its own accord (the end token's logit is 0, some other is always above).
+    """
+    model = build(**changes)
+    model.lm_head.weight.data[2] = 0.0
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
