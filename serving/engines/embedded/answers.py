@@ -25,7 +25,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 def _encode(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    # ASCII only: a reader that takes U+2028 or U+0085 for the end of a line would tear the event apart.
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 def comment(verdict: Verdict) -> bytes:
