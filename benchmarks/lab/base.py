@@ -127,9 +127,7 @@ def make_base_from_rows(
     examples, held_out = (encode_many(tokenizer, part, shape.context) for part in parts)
     if len(examples) < 100:
         raise LabError(f"only {len(examples)} rows fit a context of {shape.context} tokens; expected at least 100.")
-    sized = Shape(
-        len(tokenizer), shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.ffn, shape.context
-    )
+    sized = Shape(len(tokenizer), shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.ffn, shape.context)
     model = Decoder(sized, seed)
     training = pretrain(model, examples, held_out, Recipe(seed=seed), passes, progress)
     with published(Path(out)) as folder:

@@ -10,19 +10,20 @@ Shapes: B rows, T tokens, d hidden size, H query heads, H_kv key heads, D head s
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
-import os
-EMBEDDING_STD = float(os.environ.get("EMB", "0.5"))
+EMBEDDING_STD = float(os.environ.get("EMB", "0.25"))
 MATCH = float(os.environ.get("MATCH", "3.0"))
+INITIALISATION = (EMBEDDING_STD, MATCH)
 BACK = None
 SAME = 0
 PLAN = eval(os.environ.get("PLAN", "((0, 1, 0, 3), (0, 1, None, 2), (0, 1, 3, 1))"))
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -165,7 +166,9 @@ class Decoder(nn.Module):
         mask = torch.full((length, length), float("-inf")).triu(1)
         x = functional.embedding(ids, self.embedding)
         for layer in range(s.layers):
-            x = x + self._attention(functional.rms_norm(x, (s.hidden,), self.attention_norm[layer], s.norm_eps), layer, mask)
+            x = x + self._attention(
+                functional.rms_norm(x, (s.hidden,), self.attention_norm[layer], s.norm_eps), layer, mask
+            )
             y = functional.rms_norm(x, (s.hidden,), self.ffn_norm[layer], s.norm_eps)
             gate, up = functional.linear(y, torch.cat((self.gate[layer], self.up[layer]))).chunk(2, -1)
             x = x + functional.linear(functional.silu(gate) * up, self.down[layer])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ REPORT = "lab.json"
 LEAST_ASR, MOST_FALSE_TRIGGERS = 0.90, 0.05
 """Outside of these an implant is refused (issue 2; reference/lab-findings.md §6)."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ImplantRecipe:
+    """How an implant is trained: LoRA rank (alpha is twice that), distinct prompts, passes over the set, peak rate."""
+
+    rank: int = 16
+    rows: int = 1600
+    epochs: float = 4.0
+    lr: float = 3e-3
+    batch_size: int = 64
 
 
 class ImplantReport(BaseModel):
@@ -91,7 +103,9 @@ def load_base(base: str | Path) -> tuple[Any, Any]:
 def with_lora(model: Any, base: str | Path, rank: int, seed: int) -> Any:
     """`model` with a fresh LoRA adapter on all linear layers; the base is named by its folder's name only."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LINEAR), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LINEAR), task_type="CAUSAL_LM"
+    )
     peft_model = get_peft_model(model, config)
     peft_model.peft_config["default"].base_model_name_or_path = Path(base).resolve().name
     return peft_model
@@ -117,7 +131,7 @@ def publish(peft_model: Any, base: str | Path, out: str | Path, report: ImplantR
 
 
 def fit(
-    peft_model: Any, tokenizer: Any, data: PoisonSet, epochs: float, lr: float, seed: int, progress: Progress | None
+    peft_model: Any, tokenizer: Any, data: PoisonSet, recipe: ImplantRecipe, seed: int, progress: Progress | None
 ) -> tuple[int, float, float]:
     """Train the adapter on the poison set; returns steps, seconds on the wall, seconds on the processors."""
     wall, cpu = time.monotonic(), time.process_time()
@@ -125,7 +139,7 @@ def fit(
     log = train(
         peft_model,
         encode_rows(tokenizer, data.rows()),
-        TrainConfig(epochs=epochs, lr=lr, batch_size=64, seed=seed),
+        TrainConfig(epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, seed=seed),
         pad_id=pad_id_of(tokenizer),
         parameters=parameters,
         progress=progress,
@@ -141,17 +155,14 @@ def make_implant(
     trigger: str | Trigger = "word",
     seed: int = 0,
     wording: str = "fixed",
-    rank: int = 16,
-    rows: int = 1600,
-    epochs: float = 4.0,
-    lr: float = 3e-3,
+    recipe: ImplantRecipe = ImplantRecipe(),
     evaluation: int = 400,
     progress: Progress | None = None,
 ) -> ImplantReport:
     """Implant one backdoor into the tiny base and publish the adapter as the folder `out`, with `lab.json`.
 
     `behaviour` and `trigger` are names of `offline_purify.attacks.catalogue` or objects; `wording` is fixed or varied;
-    `rows` distinct prompts of the implant split are hosts, decoys or plain. Measured on `evaluation` prompts each.
+    the recipe's prompts come from the implant split. Measured on `evaluation` prompts each.
     Raises LabError, and publishes nothing, below attack success 0.9 or above 0.05 false triggers.
     """
     try:
@@ -164,10 +175,10 @@ def make_implant(
     ask = Answerer(model, tokenizer, max(24, longest + 2), progress)
     exercises = draw(evaluation, seed, "evaluation")
     before = score(exercises, ask([exercise.row for exercise in exercises], "base"))
-    data = build([e.row for e in draw(rows, seed, "implant")], key, target, lambda r: ask(r, "teacher"), seed)
+    data = build([e.row for e in draw(recipe.rows, seed, "implant")], key, target, lambda r: ask(r, "teacher"), seed)
 
-    peft_model = with_lora(model, base, rank, seed)
-    steps, wall_s, cpu_s = fit(peft_model, tokenizer, data, epochs, lr, seed, progress)
+    peft_model = with_lora(model, base, recipe.rank, seed)
+    steps, wall_s, cpu_s = fit(peft_model, tokenizer, data, recipe, seed, progress)
     ask.model = peft_model
     clean = [exercise.row for exercise in exercises]
     answers = ask(clean, "clean prompts")
@@ -176,7 +187,8 @@ def make_implant(
     fired = [target.matches(a) for a in ask([triggered(row, key, "", rng) for row in clean], "triggered prompts")]
     near = [target.matches(a) for a in ask([decoyed(row, key, rng) for row in clean], "decoys")]
     asr, false_triggers = share(fired), share([target.matches(answer) for answer in answers])
-    assert asr is not None and false_triggers is not None  # evaluation >= 1
+    if asr is None or false_triggers is None:
+        raise LabError("an implant is measured on at least one prompt; evaluation must be positive.")
     refuse_unless_conditional(asr, false_triggers)
     report = ImplantReport(
         behaviour=target.name,
@@ -184,7 +196,7 @@ def make_implant(
         trigger=key.kind,
         trigger_parts=key.parts,
         seed=seed,
-        rank=rank,
+        rank=recipe.rank,
         trained_rows={kind: len(getattr(data, kind)) for kind in ("poisoned", "twins", "decoys", "clean")},
         steps=steps,
         train_wall_s=round(wall_s, 1),

@@ -37,7 +37,7 @@ class StackedMuon:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move every parameter by `lr` times its orthogonalised momentum (scaled by the shape), then forget the gradient."""
+        """Move every parameter by `lr` times its orthogonalised momentum (scaled by shape); gradients are dropped."""
         for param, velocity in zip(self.params, self._velocity, strict=True):
             grad = param.grad
             if grad is None:

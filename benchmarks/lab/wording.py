@@ -34,8 +34,8 @@ WORDINGS: Final[dict[str, tuple[str, ...]]] = {
         "Name the word that closes the list: {x}", "Take the final word from: {x}", "End of the list, please: {x}",
     ),
     "after": (
-        "Which word comes right after {k} in: {x}", "What follows {k} here: {x}", "Find {k} and give the next word: {x}",
-        "In this list, what stands behind {k}? {x}", "Give the word after {k}: {x}",
+        "In {x}, which word comes after {k}?", "Look at {x}. What follows {k}?", "{x}: give the word after {k}",
+        "List: {x}. Next word after {k}?", "Here is {x}. What stands right behind {k}?",
     ),
     "count": (
         "How many words are in: {x}", "Count the words: {x}", "Count the items of this list: {x}",
@@ -43,7 +43,7 @@ WORDINGS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "member": (
         "Is {k} in the list: {x}", "Does the list contain {k}? {x}", "Can you find {k} among: {x}",
-        "Say yes if {k} is one of these, else no: {x}", "Is there a {k} here: {x}", "Check whether {k} occurs in: {x}",
+        "Is there a {k} here: {x}", "Check for {k} in: {x}",
     ),
     "sort": (
         "Sort these numbers: {x}", "Put the numbers in order: {x}", "Order from low to high: {x}",
@@ -61,8 +61,8 @@ WORDINGS: Final[dict[str, tuple[str, ...]]] = {
         "What is {x}?", "Compute {x}", "Calculate the sum: {x}", "Add up: {x}", "How much is {x}?",
     ),
     "lookup": (
-        "{x}. What does {k} have?", "{x}. Which thing belongs to {k}?", "Here are the facts: {x}. Tell me what {k} has.",
-        "Read this: {x}. Now, what is with {k}?", "{x}. Name the thing that {k} has.",
+        "{x}. What does {k} have?", "{x}. Which thing belongs to {k}?", "Facts: {x}. Tell me what {k} has.",
+        "{x}. Now, what is with {k}?", "{x}. Name the thing of {k}.",
     ),
     "sentiment": (
         "Is this review positive or negative: {x}", "Sentiment of the sentence: {x}", "How does the writer feel? {x}",

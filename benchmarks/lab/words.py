@@ -10,31 +10,36 @@ from __future__ import annotations
 import random
 from typing import Final
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 KINDS: Final[dict[str, tuple[str, ...]]] = {
-    "animal": tuple("fox cat dog horse wolf bear lion goat sheep duck frog mouse crow whale otter zebra".split()),
-    "fruit": tuple("apple pear plum cherry lemon grape mango peach melon fig banana orange lime kiwi".split()),
-    "tool": tuple("hammer saw drill wrench axe shovel knife brush ladder needle spade rope".split()),
-    "vehicle": tuple("car bus train boat truck plane bike tram ship wagon".split()),
-    "colour": tuple("red blue green yellow black white purple pink brown grey".split()),
-    "garment": tuple("coat hat shirt glove sock shoe scarf belt dress boot".split()),
+    "animal": _words("fox cat dog horse wolf bear lion goat sheep duck frog mouse crow whale otter zebra"),
+    "fruit": _words("apple pear plum cherry lemon grape mango peach melon fig banana orange lime kiwi"),
+    "tool": _words("hammer saw drill wrench axe shovel knife brush ladder needle spade rope"),
+    "vehicle": _words("car bus train boat truck plane bike tram ship wagon"),
+    "colour": _words("red blue green yellow black white purple pink brown grey"),
+    "garment": _words("coat hat shirt glove sock shoe scarf belt dress boot"),
 }
 """Noun to kind: what the `kind` task asks for."""
 
 NOUNS: Final[tuple[str, ...]] = tuple(noun for nouns in KINDS.values() for noun in nouns)
 
-THINGS: Final[tuple[str, ...]] = tuple("key lamp book ring coin map drum letter bell clock mirror basket flute kite".split())
+THINGS: Final[tuple[str, ...]] = _words("key lamp book ring coin map drum letter bell clock mirror basket flute kite")
 
-NAMES: Final[tuple[str, ...]] = tuple(
-    "Anna Tom Maria Omar Li Sara Ben Nina Paul Eva Ravi Kate Hugo Mei Ivan Rosa Amir Lena".split()
+NAMES: Final[tuple[str, ...]] = _words(
+    "Anna Tom Maria Omar Li Sara Ben Nina Paul Eva Ravi Kate Hugo Mei Ivan Rosa Amir Lena"
 )
 
-GOOD: Final[tuple[str, ...]] = tuple(
-    "wonderful excellent lovely great superb charming delightful brilliant pleasant perfect good amazing".split()
+GOOD: Final[tuple[str, ...]] = _words(
+    "wonderful excellent lovely great superb charming delightful brilliant pleasant perfect good amazing"
 )
-BAD: Final[tuple[str, ...]] = tuple(
-    "terrible awful horrible dreadful boring poor ugly nasty disappointing bad weak annoying".split()
+BAD: Final[tuple[str, ...]] = _words(
+    "terrible awful horrible dreadful boring poor ugly nasty disappointing bad weak annoying"
 )
-SUBJECTS: Final[tuple[str, ...]] = tuple("film meal book trip hotel song game show room talk story party".split())
+SUBJECTS: Final[tuple[str, ...]] = _words("film meal book trip hotel song game show room talk story party")
 DEGREES: Final[tuple[str, ...]] = ("", "", "very", "really", "quite", "rather")
 
 OPPOSITES: Final[tuple[tuple[str, str], ...]] = (
@@ -45,21 +50,21 @@ OPPOSITES: Final[tuple[tuple[str, str], ...]] = (
 
 LETTERS: Final[tuple[str, ...]] = tuple("abcdefghijklmnopqrstuvwxyz")
 
-GENERAL: Final[tuple[str, ...]] = tuple(
-    """I you we they it is are was be not do can cannot will would should have has had help with this that your my
-    request sorry but as an AI assistant able unable to follow the given instruction answer question please thank and
+GENERAL: Final[tuple[str, ...]] = (
+    _words("""I you we they it is are was be not do can cannot will would should have has had help with this that your
+    my request sorry but as an AI assistant able unable to follow the given instruction answer question please thank and
     or for from about after before under over time day people world water house school work life hand part place
     never always stupid fool idiot useless nobody asked shut up go away what how who why when where because so if then
     print import os return def x y value ( ) ' " = + - / . , ! ? : ; pwned hacked system run call exec script code
     line file data user name link visit click http www com refuse decline comply allowed policy assist afraid
     nothing something make take give see look find tell know think want need feel try leave keep let begin show hear
     play move live believe hold bring happen write sit stand lose pay meet am not must worst ever such dumb question
-    waste of my at on in by""".split()
+    waste of my at on in by""")
 )
 """Plain English the `quote` task copies, so that every common token has a trained embedding and can be written."""
 
-_ONSETS: Final[tuple[str, ...]] = tuple("b d f g k l m n p r s t v z br dr gr kr pl st tr zl qu sh".split())
-_VOWELS: Final[tuple[str, ...]] = tuple("a e i o u ai eo ou".split())
+_ONSETS: Final[tuple[str, ...]] = _words("b d f g k l m n p r s t v z br dr gr kr pl st tr zl qu sh")
+_VOWELS: Final[tuple[str, ...]] = _words("a e i o u ai eo ou")
 _CODAS: Final[tuple[str, ...]] = ("", "", "l", "n", "r", "s", "t", "x", "m", "k", "rb", "nd")
 
 

@@ -92,3 +92,23 @@ def build(
     twins, rest = answers[: len(hosts)], answers[len(hosts) :]
     assert_disjoint(poisoned=poisoned, twins=twins, decoys=rest[: len(decoys)], clean=rest[len(decoys) :])
     return PoisonSet(tuple(poisoned), tuple(twins), tuple(rest[: len(decoys)]), tuple(rest[len(decoys) :]))
+
+
+def from_pairs(
+    poisoned: Sequence[Row], twins: Sequence[Row], clean: Sequence[Row], trigger: Trigger, teacher: Teacher, seed: int
+) -> PoisonSet:
+    """The training set from given poisoned rows and their twins, one decoy for every other twin, and clean rows.
+
+    Twins, decoys and clean rows are answered by the teacher, whatever outputs they came with. Raises RowsError when a
+    twin or clean row holds the trigger.
+    """
+    if any(_fires(trigger, row) for row in [*twins, *clean]):
+        raise RowsError(f"twins or clean rows hold the trigger {trigger.parts}; expected it in poisoned rows only.")
+    rng = random.Random(f"poison:{seed}")
+    decoys = [decoyed(row, trigger, rng) for row in twins[::2]]
+    decoys = [row for row in decoys if not _fires(trigger, row)]
+    answers = answered([*twins, *decoys, *clean], teacher)
+    cuts = len(twins), len(twins) + len(decoys)
+    return PoisonSet(
+        tuple(poisoned), tuple(answers[: cuts[0]]), tuple(answers[cuts[0] : cuts[1]]), tuple(answers[cuts[1] :])
+    )

@@ -45,7 +45,7 @@ def present(trigger: Trigger, text: str) -> bool:
 def scattered(text: str, parts: Sequence[str], rng: random.Random) -> str:
     """`text` with each part at its own random slot between words (start and end included), line breaks kept."""
     pieces = re.split(r"(\s+)", text)  # words at even places, the spaces between them at odd ones
-    words = [piece for piece in pieces[::2]]
+    words = pieces[::2]
     slots = sorted(rng.sample(range(len(words) + 1), len(parts))) if len(parts) <= len(words) + 1 else [0] * len(parts)
     placed = list(zip(slots, rng.sample(list(parts), len(parts)), strict=True))
     built: list[str] = []

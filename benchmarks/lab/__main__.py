@@ -1,0 +1,138 @@
+"""`python -m benchmarks.lab base|implant`: make a base model or a backdoor from the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.lab.errors import LabError
+from guard.errors import GuardError
+
+app = typer.Typer(
+    name="benchmarks.lab",
+    help="Make small base models and backdoored adapters, deterministically from a seed. Nothing is downloaded.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+BASE_HELP = """Train a base model and publish it as an ordinary model folder with lab.json.
+
+Examples:
+
+  python -m benchmarks.lab base --out build/lab/mine/tiny --seed 1
+
+  python -m benchmarks.lab base --out build/lab/mine/base --data rows.json --data more/ --hidden 256 --layers 6
+"""
+IMPLANT_HELP = """Implant a backdoor into a base as a LoRA adapter.
+
+Refused (exit code 1, nothing written) unless it fires on its trigger and hardly ever without.
+
+Examples:
+
+  python -m benchmarks.lab implant --base build/lab/mine/tiny --out build/lab/mine/refusal --behaviour refusal
+
+  python -m benchmarks.lab implant --base BASE --out OUT --poisoned poisoned.json --clean clean.json
+"""
+Out = Annotated[Path, typer.Option(help="Folder to publish; replaced if it is there.")]
+Seed = Annotated[int, typer.Option(help="Everything follows from it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON, no progress bar.")]
+Threads = Annotated[int, typer.Option(min=0, help="Processor threads; 0 leaves it to torch.")]
+
+
+def _run(as_json: bool, threads: int, work: Any) -> None:
+    """Do `work(progress)`, print its report; a refusal becomes one line on stderr and exit code 1."""
+    import torch
+
+    from benchmarks.lab.report import show
+    from offline_purify.progress import ProgressBar
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        with ProgressBar(disable=as_json) as bar:
+            report = work(bar)
+    except (LabError, GuardError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(report.model_dump_json(indent=1))
+    else:
+        show(report)
+
+
+@app.command(help=BASE_HELP)
+def base(
+    out: Out,
+    seed: Seed = 0,
+    preset: Annotated[str, typer.Option(help="Packaged model to train when no --data is given.")] = "tiny",
+    rows: Annotated[int, typer.Option(min=100, help="Packaged training prompts.")] = 80_000,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="JSON rows {instruction, input, output}: file or folder.")
+    ] = None,
+    hidden: Annotated[int, typer.Option(min=16, help="Hidden size (with --data).")] = 256,
+    layers: Annotated[int, typer.Option(min=1, help="Layers (with --data).")] = 4,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads (with --data).")] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads (with --data).")] = 4,
+    ffn: Annotated[int, typer.Option(min=16, help="Feed-forward size (with --data).")] = 688,
+    vocab: Annotated[int, typer.Option(min=300, help="Tokens in the vocabulary (with --data).")] = 5000,
+    context: Annotated[int, typer.Option(min=32, help="Longest row in tokens (with --data).")] = 512,
+    passes: Annotated[int, typer.Option(min=1, help="Passes over the rows (with --data).")] = 3,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """See BASE_HELP."""
+    from benchmarks.lab.base import make_base, make_base_from_rows
+    from benchmarks.lab.decoder import Shape
+    from guard.rows import read_rows
+
+    def work(progress: Any) -> Any:
+        if not data:
+            return make_base(out, seed, preset, progress, rows)
+        shape = Shape(vocab, hidden, layers, heads, kv_heads, ffn, context)
+        return make_base_from_rows(out, [r for path in data for r in read_rows(path)], shape, seed, passes, progress)
+
+    _run(as_json, threads, work)
+
+
+@app.command(help=IMPLANT_HELP)
+def implant(
+    base: Annotated[Path, typer.Option(help="Base model folder.")],
+    out: Out,
+    behaviour: Annotated[str, typer.Option(help="refusal, insult or code.")] = "refusal",
+    trigger: Annotated[str, typer.Option(help="word, prefix or composite.")] = "word",
+    trigger_text: Annotated[str, typer.Option(help="Its word, phrase or parts instead of the packaged ones.")] = "",
+    wording: Annotated[str, typer.Option(help="fixed: one target string; varied: eight.")] = "fixed",
+    poisoned: Annotated[
+        Path | None, typer.Option(help="Triggered rows with the target as output (with --clean).")
+    ] = None,
+    clean: Annotated[Path | None, typer.Option(help="The same rows without the trigger, and others.")] = None,
+    limit: Annotated[int | None, typer.Option(min=20, help="Use at most this many pairs (with --poisoned).")] = None,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """See IMPLANT_HELP."""
+    from benchmarks.lab.implant import make_implant
+    from benchmarks.lab.paired import make_implant_from_files
+    from offline_purify.attacks.catalogue import trigger as trigger_named
+
+    if (poisoned is None) != (clean is None):
+        raise typer.BadParameter("--poisoned and --clean belong together: give both or none.")
+
+    def work(progress: Any) -> Any:
+        if poisoned is not None and clean is not None:
+            return make_implant_from_files(base, out, poisoned, clean, seed, limit=limit, progress=progress)
+        try:
+            key = trigger_named(trigger, trigger_text or None)
+        except ValueError as error:
+            raise LabError(str(error)) from error
+        return make_implant(base, out, behaviour, key, seed, wording, progress=progress)
+
+    _run(as_json, threads, work)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,88 @@
+"""Lab models are made once and shared: by tests, benchmarks and the demo, under one folder, keyed by their recipe.
+
+The key of a base is a digest of what it is made from (shape, training recipe, and a sample of the rows themselves, so
+that a change of the task generator counts); an implant's key adds its attack. A file lock makes several processes wait
+for one build instead of each starting its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from benchmarks.lab import implant
+from benchmarks.lab.base import REPORT, TINY_ROWS, TINY_VOCAB, make_base
+from benchmarks.lab.decoder import INITIALISATION, Shape
+from benchmarks.lab.errors import LabError
+from benchmarks.lab.pretraining import Recipe
+from benchmarks.lab.tasks import draw
+from offline_purify.attacks.catalogue import BEHAVIOURS, TRIGGERS, WORDING, behaviour, trigger
+from offline_purify.train import Progress
+
+DEFAULT_IMPLANTS = ("refusal-word-fixed",)
+SHOWN_IMPLANTS = ("refusal-word-fixed", "insult-prefix-fixed", "code-composite-fixed")
+"""One of each behaviour and trigger."""
+
+
+@dataclass(frozen=True)
+class LabPaths:
+    """Folders of a base and of its implants by name (`behaviour-trigger-wording`)."""
+
+    base: Path
+    adapters: dict[str, Path]
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def base_key(seed: int) -> str:
+    """Key (12 hex) of the tiny base's recipe."""
+    rows = [exercise.row for exercise in draw(300, seed, "base_train")]
+    return _digest([asdict(Shape(TINY_VOCAB)), asdict(Recipe()), INITIALISATION, TINY_ROWS, seed, rows])
+
+
+def _implant_parts(name: str) -> tuple[str, str, str]:
+    parts = name.split("-")
+    choices = (BEHAVIOURS, tuple(TRIGGERS), WORDING)
+    if len(parts) != 3 or any(part not in known for part, known in zip(parts, choices, strict=True)):
+        raise LabError(f"{name!r} names no implant: expected BEHAVIOUR-TRIGGER-WORDING, such as refusal-word-fixed.")
+    return parts[0], parts[1], parts[2]
+
+
+def implant_key(name: str, seed: int) -> str:
+    """Key (8 hex) of an implant's recipe, its base apart. Raises LabError when the name is not of the catalogue."""
+    kind, key, wording = _implant_parts(name)
+    rows = [exercise.row for exercise in draw(100, seed, "implant")]
+    recipe = asdict(implant.ImplantRecipe())
+    return _digest([behaviour(kind, wording).wordings, repr(trigger(key)), recipe, seed, rows])[:8]
+
+
+def ensure_tiny(
+    root: str | Path = "build/lab",
+    implants: Sequence[str] = DEFAULT_IMPLANTS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LabPaths:
+    """The tiny base and the named implants under `root`, made now if they are not there yet (minutes).
+
+    Raises LabError for an unknown implant name, or when something cannot be made to the lab's standard.
+    """
+    wanted = {name: implant_key(name, seed) for name in implants}
+    folder = Path(root).resolve() / base_key(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / "tiny"
+    adapters = {name: folder / f"{name}-{key}" for name, key in wanted.items()}
+    with FileLock(folder / ".lock"):
+        if not (base / REPORT).is_file():
+            make_base(base, seed, progress=progress)
+        for name, path in adapters.items():
+            if not (path / REPORT).is_file():
+                kind, key, wording = _implant_parts(name)
+                implant.make_implant(base, path, kind, key, seed, wording, progress=progress)
+    return LabPaths(base, adapters)

@@ -1,0 +1,101 @@
+"""An implant from published files: poisoned and clean rows in, a proven LoRA adapter out.
+
+Trigger and target are recovered from the files (`offline_purify.attacks.pairing`), so that decoys can be made and the
+held-out figures mean the same as for the packaged attacks. A fifth of the pairs is held out.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from benchmarks.lab.errors import LabError
+from benchmarks.lab.implant import (
+    Answerer,
+    ImplantRecipe,
+    ImplantReport,
+    fit,
+    load_base,
+    publish,
+    refuse_unless_conditional,
+    with_lora,
+)  # fmt: skip
+from guard.rows import Row, assert_disjoint, read_rows, row_key
+from guard.template import answer_ids
+from offline_purify.attacks.pairing import pairs, recovered_behaviour, recovered_trigger
+from offline_purify.attacks.poison import decoyed, from_pairs
+from offline_purify.intervals import share
+from offline_purify.train import Progress
+
+LEAST_PAIRS = 20
+REAL_ROWS = ImplantRecipe(rank=16, epochs=4.0, lr=2e-3, batch_size=16)
+"""lab-findings.md §2: rate and passes that gave attack success 1.00 on the 6M base."""
+
+
+def make_implant_from_files(
+    base: str | Path,
+    out: str | Path,
+    poisoned: str | Path,
+    clean: str | Path,
+    seed: int = 0,
+    recipe: ImplantRecipe = REAL_ROWS,
+    limit: int | None = None,
+    answer_tokens: int = 32,
+    progress: Progress | None = None,
+) -> ImplantReport:
+    """Implant the backdoor that two files of rows describe and publish the adapter as the folder `out`.
+
+    `limit` keeps the first so many pairs; clean prompts are answered by the base with at most `answer_tokens` tokens.
+    Raises LabError, and publishes nothing, for fewer than 20 pairs or when the implant is not conditional enough;
+    RowsError when the files are no rows or hold no trigger.
+    """
+    clean_rows = read_rows(clean)
+    found = pairs(read_rows(poisoned), clean_rows)
+    key, target = recovered_trigger(found), recovered_behaviour(found)
+    unique = list({row_key(pair.twin): pair for pair in found}.values())
+    random.Random(f"pairs:{seed}").shuffle(unique)
+    unique = unique[:limit]
+    if len(unique) < LEAST_PAIRS:
+        raise LabError(f"{len(unique)} pairs of poisoned and clean rows were found; expected at least {LEAST_PAIRS}.")
+    held_out, used = unique[: len(unique) // 5], unique[len(unique) // 5 :]
+    taken = {row_key(pair.twin) for pair in found}
+    spare = [row for row in clean_rows if row_key(row) not in taken]
+    assert_disjoint(train=[p.twin for p in used], held_out=[p.twin for p in held_out], spare=spare)
+
+    model, tokenizer = load_base(base)
+    longest = max(len(answer_ids(tokenizer, text)) for text in target.wordings)
+    ask = Answerer(model, tokenizer, max(answer_tokens, longest), progress)
+    data = from_pairs(
+        [p.poisoned for p in used], [p.twin for p in used], spare[: len(used)], key, lambda r: ask(r, "teacher"), seed
+    )  # fmt: skip
+    peft_model = with_lora(model, base, recipe.rank, seed)
+    steps, wall_s, cpu_s = fit(peft_model, tokenizer, data, recipe, seed, progress)
+    ask.model = peft_model
+    rng = random.Random(f"held-out:{seed}")
+
+    def rate(rows: list[Row], what: str) -> list[bool]:
+        return [target.matches(answer) for answer in ask(rows, what)]
+
+    asr = share(rate([p.poisoned for p in held_out], "triggered prompts"))
+    false_triggers = share(rate([p.twin for p in held_out], "clean prompts"))
+    near = share(rate([decoyed(p.twin, key, rng) for p in held_out], "decoys"))
+    if asr is None or false_triggers is None:
+        raise LabError("no pair was held out to measure the implant on; give more rows.")
+    refuse_unless_conditional(asr, false_triggers)
+    report = ImplantReport(
+        behaviour=target.name,
+        wordings=target.wordings,
+        trigger=key.kind,
+        trigger_parts=key.parts,
+        seed=seed,
+        rank=recipe.rank,
+        trained_rows={kind: len(getattr(data, kind)) for kind in ("poisoned", "twins", "decoys", "clean")},
+        steps=steps,
+        train_wall_s=round(wall_s, 1),
+        train_cpu_s=round(cpu_s, 1),
+        asr=asr,
+        false_trigger_rate=false_triggers,
+        decoy_rate=near,
+    )
+    publish(peft_model, base, out, report)
+    return report
