@@ -30,6 +30,7 @@ from serving.store.models import Repair
 
 log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
+_UNFINISHED = ("ENQUEUED", "DELAYED", "PENDING")
 # What a repair request may set; the rest (paths above all) is the operator of the host's to say.
 _OPTIONS = frozenset({"stages", "seed", "gate", "controls"})
 
@@ -110,16 +111,14 @@ class Worker:
 
     def _report(self, repair_id: str) -> None:
         told = workflow.status(repair_id, self.url)
-        if told["status"] not in ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"):
+        if told["state"] in _UNFINISHED:
             return
-        out = self.folder(repair_id)
-        (out / "flags.jsonl").unlink(missing_ok=True)  # readable prompts; they were needed while the repair ran
-        path = out / "result.json"
-        if not path.is_file():
-            repair_failed(self.store, repair_id, error=f"the workflow ended as {told['status']} without a result")
+        # The workflow needed readable prompts while it ran; now nobody does.
+        (self.folder(repair_id) / "flags.jsonl").unlink(missing_ok=True)
+        if told["result"] is None:
+            repair_failed(self.store, repair_id, error=f"the workflow ended as {told['state']} without a result")
             return
-        result = RepairResult.model_validate_json(path.read_text(encoding="utf-8"))
-        self._finish(repair_id, result)
+        self._finish(repair_id, RepairResult.model_validate(told["result"]))
 
     def _finish(self, repair_id: str, result: RepairResult) -> None:
         report = Path(result.report).parent if result.report else None

@@ -50,7 +50,7 @@ class Sizes:
     calibration: int = 1000
     clean: int = 300
     triggered: int = 300
-    clinic: int = 500
+    clinic: int = 700
     swap_at_once: int = 220
     alpha: float = 0.01
     window: str = "all"
@@ -97,6 +97,8 @@ def run(out: Path, lab_root: Path = Path("build/lab"), sizes: Sizes | None = Non
     lab = ensure_tiny(lab_root, fresh=fresh)
     stage = Stage(console, out, sizes, lab)
     prompts = _prompts(sizes)
+    (out / "clean").mkdir()
+    write_rows(out / "clean" / "rows.json", prompts["clinic"])
     profile = _calibrate(stage, prompts["calibration"])
     with serving(lab.base, out / "state", out / "clean") as server:
         asyncio.run(_serve_and_repair(stage, server, prompts, profile))
@@ -130,7 +132,6 @@ def _prompts(sizes: Sizes) -> dict[str, list[Row]]:
 
 def _calibrate(stage: Stage, rows: list[Row]) -> Profile:
     stage.say(f"2  Calibrate: what is normal for this adapter, from {len(rows)} clean prompts.")
-    stage.out.joinpath("clean").mkdir()
     runner = Runner.load(stage.lab.base, max_slots=32)
     with stage.bar("measuring") as update:
         profile = calibrate(stage.lab.base, stage.lab.adapter, rows, runner=runner, progress=update)
@@ -141,7 +142,6 @@ def _calibrate(stage: Stage, rows: list[Row]) -> Profile:
 
 
 async def _serve_and_repair(stage: Stage, server: Server, prompts: dict[str, list[Row]], profile: Profile) -> None:
-    write_rows(stage.out / "clean" / "rows.json", prompts["clinic"])
     operator, approver = (
         httpx.AsyncClient(base_url=f"{server.url}/admin/", headers={"authorization": f"Bearer {key}"}, timeout=600.0)
         for key in (server.operator, server.approver)

@@ -42,8 +42,8 @@ def verify(
         raise Failure(f"{state_dir} holds no headguard.sqlite: give --state-dir or --database-url.")
     store = Store(database_url or f"sqlite:///{state_dir.absolute() / 'headguard.sqlite'}", state_dir.absolute())
     try:
-        with store.session() as session:
-            report = check(session)
+        with store.read() as session:
+            report = check(session, state_dir.absolute())
     finally:
         store.close()
     show(report.to_dict(), as_json)

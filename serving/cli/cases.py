@@ -39,12 +39,16 @@ def show_case(
     requests = found.pop("requests", [])
     show(found, False)
     print()
-    table(
-        requests,
-        ["request_id", "p_value", "signal", "step", "spans", "action", "created_at"],
-        False,
-        "no requests kept",
-    )
+    rows = [
+        {
+            **request["verdict"],
+            "request_id": request["request_id"],
+            "action": request["action"],
+            "looked_at": " | ".join(s.get("text") or f"{s['start']}–{s['end']}" for s in request["verdict"]["spans"]),
+        }
+        for request in requests
+    ]
+    table(rows, ["request_id", "p_value", "signal", "step", "action", "looked_at"], False, "no requests kept")
 
 
 @app.command(epilog="Example: headguard cases repair 1")
@@ -71,7 +75,7 @@ def repairs(
     found = Admin(url, key).get("repairs", state=state)["repairs"]
     table(
         found,
-        ["id", "case_id", "state", "requested_by", "candidate_revision", "metrics", "created_at"],
+        ["id", "case", "state", "requested_by", "decided_by", "candidate_revision", "metrics", "reasons"],
         as_json,
         "no repairs",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +28,7 @@ def show(value: Any, as_json: bool, text: str | None = None) -> None:
         print(text)
     else:
         for name, field in value.items():
-            print(f"{name:>20}  {_cell(field)}")
+            print(f"{name.replace('_', ' '):>20}  {_cell(name, field)}")
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: list[str], as_json: bool, empty: str) -> None:
@@ -43,17 +44,23 @@ def table(rows: Iterable[Mapping[str, Any]], columns: list[str], as_json: bool, 
     for column in columns:
         grid.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
-        grid.add_row(*[_cell(row.get(column)) for column in columns])
-    Console(soft_wrap=True).print(grid)
+        grid.add_row(*[_cell(column, row.get(column)) for column in columns])
+    console = Console()
+    # A pipe has no width: whoever reads it wants whole lines.
+    (console if console.is_terminal else Console(width=240)).print(grid)
 
 
-def _cell(value: Any) -> str:
-    if value is None:
+def _cell(name: str, value: Any) -> str:
+    if value is None or value in ({}, []):
         return "-"
+    if isinstance(value, float) and (name == "at" or name.endswith("_at")):
+        return datetime.fromtimestamp(value, UTC).isoformat(sep=" ", timespec="seconds")
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, (dict, list)):
-        return json.dumps(value, default=str)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(str(key), field)}" for key, field in value.items())
+    if isinstance(value, list):
+        return ", ".join(_cell(name, field) for field in value)
     return str(value)
 
 

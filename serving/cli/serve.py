@@ -64,13 +64,13 @@ def _engine(settings: Any, max_slots: int, max_len: int | None, threads: int | N
 
     from serving.engines.embedded.app import create_engine_app
     from serving.engines.embedded.engine import EmbeddedEngine
-    from serving.engines.transport import StreamingTransport
+    from serving.engines.transport import InProcessTransport
 
     if threads is not None:
         torch.set_num_threads(threads)
     engine = EmbeddedEngine(settings.model, settings.served_name, max_slots=max_slots, max_len=max_len).start()
     try:
-        transport = StreamingTransport(create_engine_app(engine))
+        transport = InProcessTransport(create_engine_app(engine))
         yield EngineClient(transport=transport, timeout_s=settings.request_timeout_s)
     finally:
         engine.close()
