@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -61,7 +61,7 @@ class Plan:
 
 
 def probed_sdpa(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -87,7 +87,7 @@ class AttentionShape:
     head_dim: int
 
 
-def attach(model: nn.Module, max_len: int) -> AttentionShape:
+def attach(model: Any, max_len: int) -> AttentionShape:
     """Puts the probe into `model` (a transformers causal LM) for sequences of up to `max_len` tokens.
 
     Raises UnsupportedModel, naming the feature, if attention rows of this model cannot be measured. The model is then
@@ -105,7 +105,7 @@ def attach(model: nn.Module, max_len: int) -> AttentionShape:
     return shape
 
 
-def inspect(model: nn.Module, max_len: int) -> AttentionShape:
+def inspect(model: Any, max_len: int) -> AttentionShape:
     """The attention shape of `model`, or UnsupportedModel with the feature that stands in the way."""
     config = model.config
     name = f"{type(model).__name__} ({getattr(config, 'model_type', 'unknown type')})"
@@ -151,7 +151,7 @@ def inspect(model: nn.Module, max_len: int) -> AttentionShape:
 
 
 @torch.inference_mode()
-def _verify(model: nn.Module, shape: AttentionShape) -> None:
+def _verify(model: Any, shape: AttentionShape) -> None:
     """One short forward: the rows of its last query must be those of the model's own eager attention."""
     device = next(model.parameters()).device
     tokens = min(_CHECK_TOKENS, int(model.config.vocab_size))

@@ -79,7 +79,7 @@ class Revisions:
     def _hook(self) -> None:
         for handle in self._handles:
             handle.remove()
-        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         self._handles = [m.register_forward_pre_hook(self._tell_rows, with_kwargs=True) for m in layers]
 
     def add(self, name: str, folder: str | Path, inspected: bool = False) -> None:
@@ -100,7 +100,7 @@ class Revisions:
                 self.model.add_adapter(key, config, autocast_adapter_dtype=False)
             else:
                 self.model = PeftModel(self.model, config, adapter_name=key, autocast_adapter_dtype=False)
-            result = set_peft_model_state_dict(self.model, weights, adapter_name=key)
+            result: Any = set_peft_model_state_dict(self.model, weights, adapter_name=key)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             self._drop(key)
             raise AdapterRejected(f"adapter {name!r} does not fit this base: {error}") from error
@@ -124,9 +124,10 @@ class Revisions:
         self._drop(self._keys.pop(name))
 
     def _drop(self, key: str) -> None:
-        if not isinstance(self.model, PeftModel) or key not in self.model.peft_config:
+        loaded = self.model.peft_config if isinstance(self.model, PeftModel) else {}
+        if key not in loaded:
             return
-        others = [other for other in self.model.peft_config if other != key]
+        others = [other for other in loaded if other != key]
         if others:
             # PEFT insists on an active adapter, although every row names its own: let it be one that stays.
             self.model.set_adapter(others[0], inference_mode=True)

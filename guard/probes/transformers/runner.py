@@ -79,7 +79,7 @@ class Runner:
         if not (base_dir / "config.json").is_file():
             raise UnsupportedModel(f"{base_dir} is not a model folder: config.json is missing.")
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 str(base_dir), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
             )
             tokenizer = AutoTokenizer.from_pretrained(str(base_dir), local_files_only=True)
@@ -146,7 +146,7 @@ class Runner:
         for slot in slots:
             self._cache.clear(slot)
         self.bank.reset(slots, [len(p) for p in prompts])
-        names = list(adapters) if adapters is not None else [None] * len(slots)
+        names: list[str | None] = list(adapters or [None] * len(slots))
         logits = torch.zeros(len(slots), self.vocab_size, dtype=torch.float32, device=self.device)
         longest = max(len(p) for p in prompts)
         step = self.chunk or longest
@@ -184,7 +184,7 @@ class Runner:
             if start >= self.max_len:
                 raise PromptTooLong(f"slot {slot} already holds {start} tokens, all that this model runs.")
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
-        names = list(adapters) if adapters is not None else [None] * len(slots)
+        names: list[str | None] = list(adapters or [None] * len(slots))
         watched = [n for n in range(len(slots)) if observe is None or observe[n]]
         prompt = [self.bank.prompt_tokens(slot) for slot in slots]
         every = list(range(len(slots)))
