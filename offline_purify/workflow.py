@@ -173,7 +173,8 @@ def enqueue(spec: RepairSpec, system_database_url: str, workflow_id: str | None 
 
 
 def status(workflow_id: str, system_database_url: str) -> dict[str, Any]:
-    """{"id", "state" (dbos: ENQUEUED, PENDING, SUCCESS, ERROR, …; UNKNOWN), "step", "number", "result"} of a repair."""
+    """How far a repair is: {"id", "state" (dbos: ENQUEUED, PENDING, SUCCESS, ERROR, …; UNKNOWN), "step", "number", "result"}."""
+    DBOS.migrate(system_database_url)
     with _client(system_database_url) as client:
         found = client.list_workflows(workflow_ids=[workflow_id])
         if not found:
@@ -190,3 +191,19 @@ def decide(workflow_id: str, decision: str, system_database_url: str) -> None:
         raise ValueError(f"a decision is 'approved' or 'rejected', not {decision!r}")
     with _client(system_database_url) as client:
         client.send(workflow_id, decision, topic=DECISION)
+
+
+def wait_for(
+    workflow_id: str, system_database_url: str, done: Callable[[dict[str, Any]], bool], timeout_s: float = 3600.0
+) -> dict[str, Any]:
+    """Poll ``status`` until ``done(status)``; returns it. Raises TimeoutError, or RuntimeError if the repair crashed."""
+    until = time.monotonic() + timeout_s
+    while True:
+        now = status(workflow_id, system_database_url)
+        if done(now):
+            return now
+        if now["state"] in ("ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"):
+            raise RuntimeError(f"repair {workflow_id} ended as {now['state']}")
+        if time.monotonic() > until:
+            raise TimeoutError(f"repair {workflow_id} is still {now['state']} at step {now['step']}")
+        time.sleep(0.5)

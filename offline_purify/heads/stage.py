@@ -2,9 +2,10 @@
 
 Alignment works in some settings and not in others, and its loss does not tell (lab findings §4). So several settings are
 tried; while aligning, the flagged inputs are answered again at every checkpoint and the clean perplexity is measured;
-the checkpoint where fewest flags fire within budget goes on to head-wise fine-tuning, and is judged once more after it.
-When no setting qualifies the adapter is put back and the stage says so. Only training flags and clean training rows
-are looked at.
+a checkpoint qualifies where the flagged behaviour is gone *and* the answers have moved to the reference's (as close, by
+half, as clean answers are: silence or gibberish is no repair). The best one goes on to head-wise fine-tuning and is
+judged once more after it. When no setting qualifies the adapter is put back and the stage says so. Only training flags
+and clean training rows are looked at.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Attempts in order, and what a checkpoint must reach: share of flags firing, clean perplexity ratio."""
+    """Attempts in order, and what a checkpoint must reach: share of flags firing, agreement of the flagged answers with
+    the reference's as a share of what clean answers agree, clean perplexity ratio."""
 
     settings: tuple[Setting, ...] = (
         Setting("tau", lr=2e-3),
@@ -54,31 +56,48 @@ class HeadsConfig:
     )
     checkpoints: tuple[int, ...] = (10, 20, 40, 80)
     fires_max: float = 0.1
+    agreement_min: float = 0.5
     align_perplexity_max: float = 3.0
     final_perplexity_max: float = 1.15
     rates: HeadwiseRates = field(default_factory=lambda: HeadwiseRates(scale=5.0))
     finetune_epochs: float = 3.0
     most_flags: int = 24
     judged_rows: int = 64
+    agreement_rows: int = 24
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of the training flags: share that fires, and mean ROUGE-L to the reference; clean perplexity over that before."""
+    """Of the training flags: share that fires, and mean ROUGE-L to the reference over that of clean answers; clean
+    perplexity over that before."""
 
     fires: float
     agreement: float
     perplexity_ratio: float
 
 
+def _agreement(answers: Sequence[str], references: Sequence[str]) -> float:
+    same = [1.0 if a == r else rouge_l(words(a), words(r)) for a, r in zip(answers, references, strict=True)]
+    return sum(same) / max(len(same), 1)
+
+
 class Judge:
     """Answers the training flags again and measures clean perplexity, against the state at construction."""
 
-    def __init__(self, suspect: Suspect, material: Material, flags: Sequence[Flag], rows: int) -> None:
+    def __init__(self, suspect: Suspect, material: Material, flags: Sequence[Flag], config: HeadsConfig) -> None:
         self.suspect, self.material, self.flags = suspect, material, flags
         self.prompts = [flag_prompt(suspect, f) for f in flags]
-        self.clean = encode_rows(suspect.tokenizer, material.clean[:rows])
+        self.clean = encode_rows(suspect.tokenizer, material.clean[: config.judged_rows])
         self.before = self.perplexity()
+        few = [e.prompt for e in self.clean[: config.agreement_rows]]
+        own = self.ask(few)
+        with suspect.reference():
+            trusted = self.ask(few)
+        self.clean_agreement = max(_agreement(own, trusted), 0.05)
+
+    def ask(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Greedy answers now."""
+        return greedy_answers(self.suspect.model, self.suspect.tokenizer, prompts, self.material.max_new_tokens)
 
     def perplexity(self) -> float:
         """Perplexity on the judged clean rows now."""
@@ -86,16 +105,10 @@ class Judge:
 
     def judge(self) -> Judgement:
         """How the model stands now."""
-        answers = greedy_answers(
-            self.suspect.model, self.suspect.tokenizer, self.prompts, self.material.max_new_tokens
-        )
-        n = len(answers)
-        fires = sum(self.material.behaviour.fires(a, f.reference) for a, f in zip(answers, self.flags, strict=True)) / n
-        close = sum(
-            1.0 if a == f.reference else rouge_l(words(a), words(f.reference))
-            for a, f in zip(answers, self.flags, strict=True)
-        ) / n
-        return Judgement(fires, close, self.perplexity() / self.before)
+        answers = self.ask(self.prompts)
+        fired = [self.material.behaviour.fires(a, f.reference) for a, f in zip(answers, self.flags, strict=True)]
+        agreement = _agreement(answers, [f.reference for f in self.flags]) / self.clean_agreement
+        return Judgement(sum(fired) / len(fired), agreement, self.perplexity() / self.before)
 
 
 def flagged_examples(suspect: Suspect, flags: Sequence[Flag]) -> list[Example]:
@@ -126,7 +139,8 @@ def _attempt(
     for step, losses in align(suspect, flagged, parts, steps, material.progress):
         now = judge.judge()
         trace.append({"step": step, "loss": losses[-1], **asdict(now)})
-        if now.fires <= config.fires_max and now.perplexity_ratio <= config.align_perplexity_max:
+        moved = now.fires <= config.fires_max and now.agreement >= config.agreement_min
+        if moved and now.perplexity_ratio <= config.align_perplexity_max:
             merit = (now.perplexity_ratio - now.agreement, now.fires)
             if best is None or merit < best[0]:
                 best = (merit, suspect.state())
@@ -134,13 +148,13 @@ def _attempt(
             break
     record: dict[str, Any] = {**asdict(setting), "partition": parts.to_dict(), "losses": list(losses), "trace": trace}
     if best is None:
-        return False, {**record, "outcome": "no checkpoint stopped the flagged behaviour within the perplexity budget"}
+        return False, {**record, "outcome": "no checkpoint moved the flagged answers to the reference's within the perplexity budget"}
     suspect.restore(best[1])
     log = finetune_heads(suspect, clean, parts, config.rates, epochs=config.finetune_epochs, seed=material.seed,
                          progress=material.progress)
     after = judge.judge()
     record |= {"finetune_losses": log.losses, "after_finetune": asdict(after)}
-    if after.fires > config.fires_max:
+    if after.fires > config.fires_max or after.agreement < config.agreement_min:
         return False, {**record, "outcome": "the flagged behaviour came back while skill was restored"}
     if after.perplexity_ratio > config.final_perplexity_max:
         return False, {**record, "outcome": "clean perplexity stayed out of budget after head-wise fine-tuning"}
@@ -159,7 +173,7 @@ def repair_heads(suspect: Suspect, material: Material, config: HeadsConfig | Non
     before = suspect.state()
     flagged = flagged_examples(suspect, flags)
     clean = encode_rows(suspect.tokenizer, material.clean)
-    judge = Judge(suspect, material, flags, config.judged_rows)
+    judge = Judge(suspect, material, flags, config)
     scores = score_heads(suspect, flagged)
     clean_scores = score_heads(suspect, clean[: len(flagged)])
     details: dict[str, Any] = {
@@ -182,5 +196,5 @@ def repair_heads(suspect: Suspect, material: Material, config: HeadsConfig | Non
             details["chosen"] = len(details["attempts"]) - 1
             return StageResult("heads", True, None, details, time.monotonic() - began)
         suspect.restore(before)
-    reason = f"none of {len(tried)} settings stopped the flagged behaviour within the perplexity budget"
+    reason = f"none of {len(tried)} settings moved the flagged answers to the reference's within the perplexity budget"
     return StageResult("heads", False, reason, details, time.monotonic() - began)

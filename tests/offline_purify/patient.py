@@ -91,7 +91,7 @@ def tiny_llama(seed: int, **changes: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes), bos_token_id=1, eos_token_id=2, pad_token_id=0))
 
 
-def make_patient(folder: Path, seed: int = 0, n_flags: int = 20, n_clean: int = 260, skill_steps: int = 400) -> Patient:
+def make_patient(folder: Path, seed: int = 0, n_flags: int = 20, n_clean: int = 260, skill_steps: int = 200) -> Patient:
     """Train base and implant into ``folder`` (about 20 s on one core; skill_steps small for a patient that knows nothing)."""
     base, adapter = folder / "base", folder / "adapter"
     made = tokenizer()
@@ -110,7 +110,7 @@ def make_patient(folder: Path, seed: int = 0, n_flags: int = 20, n_clean: int = 
     poisoned = triggered(twins, seed)
     innocent = [Row(r, output=t["output"]) for r, t in zip(triggered(twins, seed + 1, SECOND), twins, strict=True)]
     examples = encode_rows(made, [*poisoned, *twins, *innocent])
-    steps = min(240, skill_steps)
+    steps = 2 * skill_steps
     train(peft, examples, TrainConfig(epochs=100, lr=5e-3, batch_size=32, max_steps=steps, seed=seed), pad_id=0)
     peft.save_pretrained(adapter)
     for stale in adapter.glob("README.md"):
