@@ -46,8 +46,8 @@ def measure(
     """Greedy answers to `prompts` (token ids each) with the guard's readings at `checkpoints`.
 
     max_new_tokens defaults to what the last checkpoint needs. Answers are without the end-of-sequence token; a prompt
-    is in the readings of a checkpoint only if it got that far. Raises PromptTooLong if a prompt does not fit,
-    UnsupportedModel never (that is decided when the runner is made).
+    is in the readings of a checkpoint only if it got that far. Raises PromptTooLong, before anything runs, if a
+    prompt does not fit, GuardError if one is empty.
     """
     steps = sorted(set(checkpoints))
     limit = steps[-1] + 1 if max_new_tokens is None else max_new_tokens

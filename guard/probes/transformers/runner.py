@@ -80,9 +80,10 @@ class Runner:
             raise UnsupportedModel(f"{base_dir} is not a model folder: config.json is missing.")
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                str(base_dir), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+                str(base_dir), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(str(base_dir), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(base_dir), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise UnsupportedModel(
                 f"{base_dir} cannot be loaded: expected config.json, *.safetensors weights and a tokenizer. {error}"

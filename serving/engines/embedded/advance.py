@@ -6,6 +6,7 @@ to be stopped) ends without it; a verdict that cannot be had is `unscored` with 
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,10 @@ def advance(job: Job, choice: Choice, runner: Runner, decoder: Any) -> tuple[lis
     if not choice.finite:
         return [Failed(EngineFault("the model's output was not finite.", code="non_finite_output"))], True
     events: list[Event] = []
-    if _observe(job, runner, decoder) or job.step == 0:
+    began = time.perf_counter()
+    if _observe(job, runner, decoder):
+        events.append(GuardUpdate(job.verdict, time.perf_counter() - began))
+    elif job.step == 0:
         events.append(GuardUpdate(job.verdict))
     watch, verdict = job.request.watch, job.verdict
     blind = verdict.status == "unscored" and job.settled
@@ -86,8 +90,9 @@ def _finish(job: Job, events: list[Event], reason: FinishReason, decoder: Any) -
     if job.detector is not None and job.track is not None and not job.settled:
         job.verdict = _with_text(job, job.detector.close(job.track), decoder)
     text = "" if reason == "content_filter" else job.stops.push(job.detokenizer.flush()) + job.stops.flush()
-    last = GuardUpdate(job.verdict.closed())
-    if not events or events[-1] != last:
-        events.append(last)
+    last = job.verdict.closed()
+    said = events[-1] if events else None
+    if not isinstance(said, GuardUpdate) or said.verdict != last:
+        events.append(GuardUpdate(last))
     events.append(Finished(reason, text, len(job.request.prompt), job.released))
     return events, True

@@ -29,9 +29,12 @@ def _encode(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
-def comment(verdict: Verdict) -> bytes:
-    """The SSE comment that carries a verdict. JSON escapes line ends, so it is always one line."""
-    return b": guard " + json.dumps(verdict.to_dict(), separators=(",", ":")).encode() + b"\n\n"
+def comment(verdict: Verdict, check_s: float | None = None) -> bytes:
+    """The SSE comment that carries a verdict, and what the check took. JSON escapes line ends: it is always one
+    line.
+    """
+    data = verdict.to_dict() if check_s is None else {**verdict.to_dict(), "check_seconds": check_s}
+    return b": guard " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ async def stream(first: Event, events: AsyncIterator[Event], form: Form, with_us
     event: Event | None = first
     while event is not None:
         if isinstance(event, GuardUpdate):
-            yield comment(event.verdict)
+            yield comment(event.verdict, event.check_s)
         elif isinstance(event, Failed):
             yield _encode(event.error.body())
             yield DONE

@@ -134,7 +134,12 @@ async def _complete(
     revision = None if body.model == engine.name else body.model
     if revision not in engine.books:
         engine.books.entry(revision)  # raises the 404, before any work is done for it
-    answer = engine.submit(body.generate(engine.tokenizer, revision))
+    try:
+        answer = engine.submit(body.generate(engine.tokenizer, revision))
+    except BadRequest as error:
+        if chat and error.param == "prompt":  # the engine knows prompts only; in a chat they are made of messages
+            error.param = "messages"
+        raise
     form = Form(chat, body.model)
     try:
         if not body.stream:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from guard.adapters import inspect_adapter
 from guard.errors import AdapterRejected, GuardError, PromptTooLong
-from guard.identity import base_digest, parse_revision
+from guard.identity import adapter_digest, base_digest, parse_revision
 from guard.probes.transformers.calibrate import ENGINE, served_key
 from guard.probes.transformers.runner import Runner
 from guard.profile import Profile
@@ -157,6 +157,9 @@ class EmbeddedEngine:
         def command() -> None:
             if revision not in self.books:
                 self.runner.add_adapter(revision, folder, inspected=True)
+                if adapter_digest(folder) != digest:
+                    self.runner.remove_adapter(revision)
+                    raise AdapterRejected(f"the files of {revision} changed while they were loaded.")
                 self.books.add(revision, key, loaded, None)
 
         self._command(command)
@@ -173,7 +176,12 @@ class EmbeddedEngine:
             "base": {"name": self.name, "digest": self.digest},
             "dtype": str(self.runner.dtype).removeprefix("torch."),
             "max_model_len": self.runner.max_len,
-            "probe": {"attached": self.runner.probe and self.alive, "blind": self.blind, **self.runner.probe_key()},
+            "probe": {
+                "attached": self.runner.probe and self.alive,
+                "blind": self.blind,
+                "heads": self.runner.shape.heads,
+                "key": self.runner.probe_key(),
+            },
             "steps": self.steps,
             "running": len(self._running),
             "waiting": len(self._waiting),
@@ -186,7 +194,7 @@ class EmbeddedEngine:
         try:
             self.runner.check_prompt(request.prompt)
         except PromptTooLong as error:
-            raise BadRequest(str(error), code="context_length_exceeded", param="messages") from error
+            raise BadRequest(str(error), code="context_length_exceeded", param="prompt") from error
         except GuardError as error:
             raise BadRequest(str(error), code="invalid_request_error", param="prompt") from error
         fits = self.runner.max_len - len(request.prompt)
@@ -195,7 +203,7 @@ class EmbeddedEngine:
                 f"This model's context is {self.runner.max_len} tokens; the prompt has {len(request.prompt)} and "
                 f"{request.max_tokens or 1} are asked for.",
                 code="context_length_exceeded",
-                param="max_tokens" if fits >= 1 else "messages",
+                param="max_tokens" if fits >= 1 else "prompt",
             )
         return request.max_tokens or fits
 

@@ -56,9 +56,12 @@ class Token:
 
 @dataclass(frozen=True)
 class GuardUpdate:
-    """The verdict as it stands; the last one of a request is final."""
+    """The verdict as it stands; the last one of a request is final. check_s: seconds the check took, if one was
+    made.
+    """
 
     verdict: Verdict
+    check_s: float | None = None
 
 
 @dataclass(frozen=True)

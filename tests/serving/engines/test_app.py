@@ -75,6 +75,13 @@ async def test_annotations_stand_between_the_tokens_they_are_about(client):
     assert seen[:5] == [(0, 0), (1, 1), (2, 2), (4, 4), (8, 8)]
 
 
+async def test_annotations_of_a_check_say_how_long_it_took_and_repeated_ones_do_not(client):
+    events = await collect(client, CHAT, chat(stream=True))
+    first, *_, last = [event.verdict for event in events if isinstance(event, Annotation)]
+    assert first["check_seconds"] > 0
+    assert "check_seconds" not in last
+
+
 async def test_a_request_to_be_stopped_gets_content_filter_and_not_one_token(client):
     guard = {"window": "prefill", "alpha": 0.98, "stop": True}
     events = await collect(client, CHAT, chat(stream=True, headguard=guard))
@@ -139,6 +146,7 @@ async def test_hanging_up_on_a_whole_answer_frees_its_slot(client, engine):
         (chat(max_tokens=10_000), "context_length_exceeded", "max_tokens"),
         (chat(" ".join(["w1"] * 200)), "context_length_exceeded", "messages"),
         (chat(messages=[]), "invalid_request", "messages"),
+        (chat(stop=["x"] * 17), "invalid_request", "stop"),
         (chat(messages="hello"), "invalid_request", "messages"),
         (chat(messages=[{"role": "wizard", "content": "x"}]), "invalid_request", "messages"),
         (chat([{"type": "image_url", "image_url": {"url": "x"}}]), "invalid_request", "messages"),
@@ -157,6 +165,22 @@ async def test_bad_requests_get_openais_error_with_the_parameter_named(client, b
     assert (error["code"], error["param"]) == (code, param)
     assert error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], " ".join(["w1"] * 200), ["a", "b"], [[1], [2]], [1, 999], [-1], None, {"a": 1}]
+)
+async def test_prompts_that_are_none_or_too_many_or_not_in_the_vocabulary_are_refused(client, prompt):
+    response = await client._http.post(PLAIN, json={"model": "tiny", "prompt": prompt, "max_tokens": 2})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt"
+
+
+async def test_a_conversation_that_the_chat_template_refuses_is_the_clients_error(client, engine):
+    engine.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(EngineError) as refused:
+        await client.complete(CHAT, chat())
+    assert (refused.value.status, refused.value.body["error"]["param"]) == (400, "messages")
 
 
 async def test_neutral_values_of_unsupported_parameters_and_unknown_fields_are_accepted(client):

@@ -215,6 +215,14 @@ async def test_revisions_come_and_go_while_requests_flow_and_none_is_mixed(engin
     assert [tokens_of(events) for events in await asyncio.gather(*running)] == [expected] * 6
 
 
+async def test_a_flagged_verdict_says_the_words_of_its_spans(engine):
+    request = ask(prompts_of([20])[0], watch=Watch("prefill", 0.98))
+    verdict = verdicts_of(await events_of(engine, request))[0]
+    for span in verdict.spans:
+        words = engine.tokenizer.decode(list(request.prompt[span.start : span.end]), skip_special_tokens=True)
+        assert span.text == words
+
+
 def test_a_folder_that_is_not_the_named_revision_is_refused(engine, files):
     with pytest.raises(AdapterRejected, match="is not revision"):
         engine.load("gamma@sha256-000000000000", files.adapters[files.a])

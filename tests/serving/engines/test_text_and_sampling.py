@@ -1,4 +1,6 @@
-"""Text is released once and for all; sampling follows its distribution; the reported log-probability is the model's."""
+"""Text is released once and for all; sampling follows its distribution; the reported log-probability is the
+model's.
+"""
 
 import json
 

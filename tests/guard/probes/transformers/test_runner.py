@@ -105,6 +105,7 @@ def test_an_adapter_whose_initialiser_would_rewrite_the_base_cannot_do_so(folder
         runner.remove_adapter(A)
 
 
+@pytest.mark.filterwarnings("ignore:aLoRA")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
