@@ -30,6 +30,7 @@ from serving.store.models import Repair
 
 log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
+_GRACE_S = 3.0
 _UNFINISHED = ("ENQUEUED", "DELAYED", "PENDING")
 # What a repair request may set; the rest (paths above all) is the operator of the host's to say.
 _OPTIONS = frozenset({"stages", "seed", "gate", "controls"})
@@ -52,9 +53,10 @@ class Worker:
         self.url = workflow_url(settings)
 
     def run(self, stop: threading.Event, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Serve until ``stop`` is set; the step that is running then is finished by whoever comes next."""
+        """Serve until ``stop`` is set. A step that is still running then is left to whoever comes next: the caller
+        ends the process, as killing it is safe."""
         self.store.migrate()
-        runner = threading.Thread(target=workflow.worker, args=(self.url, stop, progress), name="clinic")
+        runner = threading.Thread(target=workflow.worker, args=(self.url, stop, progress), name="clinic", daemon=True)
         runner.start()
         try:
             while not stop.wait(_LOOK_EVERY_S):
@@ -63,7 +65,7 @@ class Worker:
                 self.look()
         finally:
             stop.set()
-            runner.join()
+            runner.join(_GRACE_S)
             self.store.close()
 
     def look(self) -> None:

@@ -33,11 +33,12 @@ app.add_typer(keys.app, name="keys")
 def main() -> None:
     """Entry point: errors made for people become one line on stderr and exit code 1."""
     from guard.errors import GuardError
+    from serving.errors import ServingError
     from serving.settings import SettingsError
 
     try:
         app()
-    except (Failure, GuardError, SettingsError) as error:
+    except (Failure, GuardError, ServingError, SettingsError) as error:
         print(f"headguard: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

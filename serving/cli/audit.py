@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from serving.cli.output import AsJson, Failure, show, table
+from serving.cli.host import opened
+from serving.cli.output import AsJson, show, table
 from serving.cli.remote import DEFAULT_URL, Admin, Key, Url
 
 app = typer.Typer(help="The append-only audit log.", no_args_is_help=True)
@@ -36,16 +37,9 @@ def verify(
 ) -> None:
     """Check every hash of the chain; exit code 1 names the first row that does not fit."""
     from serving.audit import verify as check
-    from serving.store.database import Store
 
-    if database_url is None and not (state_dir / "headguard.sqlite").is_file():
-        raise Failure(f"{state_dir} holds no headguard.sqlite: give --state-dir or --database-url.")
-    store = Store(database_url or f"sqlite:///{state_dir.absolute() / 'headguard.sqlite'}", state_dir.absolute())
-    try:
-        with store.read() as session:
-            report = check(session, state_dir.absolute())
-    finally:
-        store.close()
+    with opened(state_dir, database_url) as store, store.read() as session:
+        report = check(session, state_dir.absolute())
     show(report.to_dict(), as_json)
     if not report.ok:
         raise SystemExit(1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from serving.cli.host import opened
 from serving.cli.output import AsJson, show, table
 from serving.cli.remote import DEFAULT_URL, Admin, Key, Url
 
@@ -18,16 +20,28 @@ def list_keys(url: Url = DEFAULT_URL, key: Key = "", as_json: AsJson = False) ->
     table(Admin(url, key).get("keys")["keys"], ["id", "owner", "role", "created_at", "revoked_at"], as_json, "no keys")
 
 
-@app.command(epilog="Example: headguard keys add --owner grace --role approver")
+@app.command(epilog="Example: headguard keys add --owner grace --role approver --state-dir headguard-state")
 def add(
     owner: Annotated[str, typer.Option(help="Who it is for; the audit log names them.")],
     role: Annotated[str, typer.Option(help="client, viewer, operator or approver.")],
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="Issue it on the gateway's own host, in this state folder: the only way for an approver."),
+    ] = None,
     url: Url = DEFAULT_URL,
     key: Key = "",
     as_json: AsJson = False,
 ) -> None:
     """Make a key; it is shown once."""
-    show(Admin(url, key).call("POST", "keys", json={"owner": owner, "role": role}), as_json)
+    if state_dir is None:
+        show(Admin(url, key).call("POST", "keys", json={"owner": owner, "role": role}), as_json)
+        return
+    from serving.auth import issue
+
+    with opened(state_dir, None) as store, store.write() as session:
+        row, token = issue(session, owner, role)  # type: ignore[arg-type]
+        made = {"id": row.id, "owner": owner, "role": role, "key": token}
+    show(made, as_json)
 
 
 @app.command(epilog="Example: headguard keys revoke 3")

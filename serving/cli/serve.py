@@ -84,7 +84,7 @@ def _worker(settings: Any, config: Path | None, clean: Path | None) -> Iterator[
         return
     command = [
         sys.executable, "-m", "serving", "worker", str(settings.model), "--clean", str(clean),
-        "--state-dir", str(settings.state_dir), *(["--config", str(config)] if config else []),
+        "--state-dir", str(settings.state_dir), "--child", *(["--config", str(config)] if config else []),
     ]  # fmt: skip
     child = subprocess.Popen(command)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ def worker(
     clean: Annotated[Path, typer.Option(help="File or folder of clean {instruction, input, output} rows.")],
     state_dir: Annotated[Path | None, typer.Option(help="The gateway's state folder.")] = None,
     config: Annotated[Path | None, typer.Option(help="The gateway's settings file (TOML).")] = None,
+    child: Annotated[bool, typer.Option(hidden=True, help="Stop when the process that started this one is gone.")] = False,
 ) -> None:
     """Serve repairs until stopped. Killed in the middle of one, it goes on there when started again."""
     from guard.rows import read_rows
@@ -32,4 +34,19 @@ def worker(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    Worker(load_settings(config, model=model, state_dir=state_dir), clean).run(stop)
+    if child:
+        threading.Thread(target=_stop_when_orphaned, args=(stop,), daemon=True).start()
+    try:
+        Worker(load_settings(config, model=model, state_dir=state_dir), clean).run(stop)
+    finally:
+        # A repair in the middle of a step would keep the interpreter alive for minutes; it is durable, so end here.
+        if stop.is_set():
+            os._exit(0)
+
+
+def _stop_when_orphaned(stop: threading.Event) -> None:
+    parent = os.getppid()
+    while os.getppid() == parent:
+        if stop.wait(1.0):
+            return
+    stop.set()
