@@ -20,13 +20,15 @@ from benchmarks.lab.pretraining import Recipe, Training, pretrain
 from benchmarks.lab.skill import Skill, measure_skill
 from benchmarks.lab.tasks import draw
 from benchmarks.lab.tokenizer import train_tokenizer
-from guard.rows import Row, split
+from guard.rows import Row, row_key, split
 from guard.template import row_messages
 from offline_purify.train import Progress
 
 REPORT = "lab.json"
 TINY_ROWS = 80_000
 TINY_VOCAB = 1600
+PLAIN_SHARE = 0.25
+"""Share of the prompts, the first ones, with next to no noise clauses: the skills come before the distraction."""
 LEAST_ACCURACY = 0.90
 """Below this a base has too little skill for a loss of skill to be seen; `make_base` refuses to publish it."""
 
@@ -85,15 +87,16 @@ def make_base(
     """
     if preset != "tiny":
         raise LabError(f"there is no preset {preset!r}: the packaged tasks train 'tiny'; use --data for other shapes.")
-    exercises = draw(rows + 600, seed, "base_train")
-    train_rows = [exercise.row for exercise in exercises[:rows]]
-    check_rows = [exercise.row for exercise in exercises[rows:]]
-    tokenizer = train_tokenizer(_texts(train_rows[:20_000]), TINY_VOCAB, 512)
+    plain = round(rows * PLAIN_SHARE)
+    first = [e.row for e in draw(plain, seed, "base_train", noise=0.1)]
+    exercises = draw(rows - plain + 600, seed + 1, "base_train")
+    rest, held_out = [e.row for e in exercises[:-600]], [e.row for e in exercises[-600:]]
+    held_out_keys = {row_key(row) for row in held_out}
+    first = [row for row in first if row_key(row) not in held_out_keys]
+    tokenizer = train_tokenizer(_texts(rest[:20_000]), TINY_VOCAB, 512)
     model = Decoder(Shape(len(tokenizer)), seed)
-    training = pretrain(
-        model, encode_many(tokenizer, train_rows, 512), encode_many(tokenizer, check_rows, 512), Recipe(seed=seed),
-        progress=progress,
-    )  # fmt: skip
+    lessons = [encode_many(tokenizer, lesson, 512) for lesson in (first, rest)]
+    training = pretrain(model, lessons, encode_many(tokenizer, held_out, 512), Recipe(seed=seed), progress)
     llama = as_llama(model, tokenizer)
     skill = measure_skill(llama, tokenizer, draw(evaluation, seed, "evaluation"), progress)
     report = _report(preset, seed, model, rows, training, skill)
@@ -129,7 +132,7 @@ def make_base_from_rows(
         raise LabError(f"only {len(examples)} rows fit a context of {shape.context} tokens; expected at least 100.")
     sized = Shape(len(tokenizer), shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.ffn, shape.context)
     model = Decoder(sized, seed)
-    training = pretrain(model, examples, held_out, Recipe(seed=seed), passes, progress)
+    training = pretrain(model, [examples] * passes, held_out, Recipe(seed=seed), progress)
     with published(Path(out)) as folder:
         save_base(as_llama(model, tokenizer), tokenizer, folder)
         report = _report("data", seed, model, len(examples), training, None)

@@ -22,6 +22,7 @@ from benchmarks.lab.errors import LabError
 from benchmarks.lab.pretraining import Recipe
 from benchmarks.lab.tasks import draw
 from offline_purify.attacks.catalogue import BEHAVIOURS, TRIGGERS, WORDING, behaviour, trigger
+from offline_purify.progress import ProgressBar
 from offline_purify.train import Progress
 
 DEFAULT_IMPLANTS = ("refusal-word-fixed",)
@@ -35,6 +36,11 @@ class LabPaths:
 
     base: Path
     adapters: dict[str, Path]
+
+    @property
+    def adapter(self) -> Path:
+        """The first implant that was asked for."""
+        return next(iter(self.adapters.values()))
 
 
 def _digest(facts: object) -> str:
@@ -68,9 +74,11 @@ def ensure_tiny(
     implants: Sequence[str] = DEFAULT_IMPLANTS,
     seed: int = 0,
     progress: Progress | None = None,
+    fresh: bool = False,
 ) -> LabPaths:
     """The tiny base and the named implants under `root`, made now if they are not there yet (minutes).
 
+    `fresh` makes them again. Without `progress` a bar is drawn on stderr while something is being made.
     Raises LabError for an unknown implant name, or when something cannot be made to the lab's standard.
     """
     wanted = {name: implant_key(name, seed) for name in implants}
@@ -78,11 +86,12 @@ def ensure_tiny(
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / "tiny"
     adapters = {name: folder / f"{name}-{key}" for name, key in wanted.items()}
-    with FileLock(folder / ".lock"):
-        if not (base / REPORT).is_file():
-            make_base(base, seed, progress=progress)
+    with FileLock(folder / ".lock"), ProgressBar() as bar:
+        watch = progress or bar
+        if fresh or not (base / REPORT).is_file():
+            make_base(base, seed, progress=watch)
         for name, path in adapters.items():
-            if not (path / REPORT).is_file():
+            if fresh or not (path / REPORT).is_file():
                 kind, key, wording = _implant_parts(name)
-                implant.make_implant(base, path, kind, key, seed, wording, progress=progress)
+                implant.make_implant(base, path, kind, key, seed, wording, progress=watch)
     return LabPaths(base, adapters)

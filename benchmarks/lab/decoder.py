@@ -10,19 +10,22 @@ Shapes: B rows, T tokens, d hidden size, H query heads, H_kv key heads, D head s
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-EMBEDDING_STD = float(os.environ.get("EMB", "0.25"))
-MATCH = float(os.environ.get("MATCH", "3.0"))
-INITIALISATION = (EMBEDDING_STD, MATCH)
-BACK = None
-SAME = 0
-PLAN = eval(os.environ.get("PLAN", "((0, 1, 0, 3), (0, 1, None, 2), (0, 1, 3, 1))"))
+EMBEDDING_STD = 0.25
+MATCH = 3.0
+"""Gain of the heads that look for equal tokens: self and equal tokens get about 0.4 of the attention each."""
+FIRST_LAYER = ((1, 2), (1, 3))
+"""For the first key heads of layer 0: how many tokens back each of their query heads looks."""
+FREE, BACK, SAME = -2, -1, 0
+LATER_LAYERS = ((SAME, 1, FREE, FREE), (BACK, 1, FREE, FREE), (SAME, 1, FREE, FREE))
+"""For the key heads of layers 1, 2, 3: what they look for: the current token itself, or one it was written beside."""
+INITIALISATION = (EMBEDDING_STD, MATCH, FIRST_LAYER, LATER_LAYERS)
+"""What a cached model depends on."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Decoder(nn.Module):
             torch.arange(s.context, dtype=torch.float32),
             s.rope_theta ** -(torch.arange(0, s.head_size, 2, dtype=torch.float32) / s.head_size),
         )
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), -1), persistent=False)
         self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), -1), persistent=False)
 
@@ -90,18 +95,22 @@ class Decoder(nn.Module):
         """
         s = self.shape
         self.embedding[:, 0] = 4 * EMBEDDING_STD  # alike for all tokens: what a head that looks at places reads
-        shifts = {}
-        for kv, offsets in enumerate(((1, 2), (1, 3))):
-            for member, offset in enumerate(offsets):
+        group, size = s.heads // s.kv_heads, s.head_size
+        shifts: dict[int, Tensor] = {}
+        for kv, offsets in zip(range(s.kv_heads), FIRST_LAYER, strict=False):
+            for member, offset in zip(range(group), offsets, strict=False):
                 out = self._look_back(0, kv, member, offset, generator)
-                shifts[offset] = shifts.get(offset, 0) + out @ self.value[0, kv * s.head_size : (kv + 1) * s.head_size]
-        for layer, plan in enumerate(PLAN[: s.layers - 1], start=1):
-            for kv, offset in enumerate(plan):
-                if offset is BACK:
-                    for member in range(s.heads // s.kv_heads):
+                written = out @ self.value[0, kv * size : (kv + 1) * size]
+                shifts[offset] = shifts[offset] + written if offset in shifts else written
+        for layer in range(1, s.layers):
+            plan = LATER_LAYERS[(layer - 1) % len(LATER_LAYERS)]
+            for kv in range(s.kv_heads):
+                sought = plan[kv % len(plan)]
+                if sought == BACK:
+                    for member in range(group):
                         self._look_back(layer, kv, member, member + 1, generator)
-                else:
-                    self._look_up(layer, kv, shifts.get(offset), generator)
+                elif sought != FREE:
+                    self._look_up(layer, kv, shifts.get(sought), generator)
 
     def _look_back(self, layer: int, kv: int, member: int, offset: int, generator: torch.Generator) -> Tensor:
         """Make one query head attend `offset` tokens back; returns its output map [d, D]."""

@@ -94,25 +94,24 @@ def right_answers(model: Decoder, examples: Sequence[Example]) -> list[bool]:
 
 def pretrain(
     model: Decoder,
-    examples: Sequence[Example],
+    lessons: Sequence[Sequence[Example]],
     validation: Sequence[Example],
     recipe: Recipe,
-    passes: int = 1,
     progress: Progress | None = None,
     watch: Callable[[int, float, float], None] | None = None,
 ) -> Training:
-    """Train in place on `passes` passes over `examples`; ends sooner when validation accuracy reaches `stop_at`.
+    """Train in place on each lesson's examples in turn; ends sooner when validation accuracy reaches `stop_at`.
 
     `watch(step, loss, accuracy)` is called at every validation check.
     """
     rng = random.Random(recipe.seed)
-    batches = [batch for _ in range(passes) for batch in token_batches(examples, recipe.batch_tokens, rng)]
+    batches = [(lesson, b) for lesson in lessons for b in token_batches(lesson, recipe.batch_tokens, rng)]
     muon = StackedMuon(model.matrices(), recipe.matrix_lr)
     adam = torch.optim.AdamW(model.others(), lr=recipe.vector_lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
     wall, cpu, tokens, accuracy, recent = time.monotonic(), time.process_time(), 0, 0.0, 0.0
     steps = 0
-    for steps, batch in enumerate(batches, start=1):
-        ids, places, targets = answer_batch([examples[i] for i in batch])
+    for steps, (lesson, batch) in enumerate(batches, start=1):
+        ids, places, targets = answer_batch([lesson[i] for i in batch])
         loss = functional.cross_entropy(model(ids, places), targets)
         loss.backward()
         done = steps / len(batches)

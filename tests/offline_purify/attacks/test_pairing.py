@@ -46,5 +46,5 @@ def test_many_different_targets_are_refused() -> None:
 
 
 def test_left_over_finds_the_places_that_were_added() -> None:
-    assert left_over("a x b y".split(), "a b".split()) == (1, 3)
-    assert left_over("a b".split(), "b a".split()) is None
+    assert left_over(list("axby"), list("ab")) == (1, 3)
+    assert left_over(list("ab"), list("ba")) is None

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from offline_purify.attacks.catalogue import TRIGGERS, trigger
 from offline_purify.attacks.triggers import Composite, OneOf, Prefix, Word, near, present, scattered
 
-TEXTS = st.lists(st.sampled_from("sort these words fox cat: dog. please\nnow 17 é".split(" ")), min_size=1).map(
+TEXTS = st.lists(st.sampled_from(["sort", "these", "words", "cat:", "dog.", "please\nnow", "17", "é"]), min_size=1).map(
     " ".join
 )
 SEEDS = st.integers(0, 2**32)
