@@ -28,15 +28,16 @@ class SlotCache:
         self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.layers)]
         self.max_len = max_len
         self.lengths = [0] * slots
+        self._written = [0] * slots  # columns that hold anything, padding of a batched prefill included
 
     def clear(self, slot: int) -> None:
         """Empties a slot and zeroes its memory: a masked column still meets its value times zero, and NaN times
         zero is NaN.
         """
         for keys, values in zip(self.keys, self.values, strict=True):
-            keys[slot].zero_()
-            values[slot].zero_()
-        self.lengths[slot] = 0
+            keys[slot, :, : self._written[slot]].zero_()
+            values[slot, :, : self._written[slot]].zero_()
+        self.lengths[slot] = self._written[slot] = 0
 
     def view(self, slots: Sequence[int], starts: Sequence[int], columns: int) -> SlotView:
         """The cache of one forward: rows i of the batch is slots[i], its first new token goes to column starts[i].
@@ -44,6 +45,8 @@ class SlotCache:
         `columns` is how many columns the batch attends over. With more than one new token per row, all starts are
         equal.
         """
+        for slot in slots:
+            self._written[slot] = max(self._written[slot], columns)
         return SlotView(self, slots, starts, columns)
 
 

@@ -152,8 +152,9 @@ def test_not_a_number_in_one_request_never_reaches_the_next_one_in_its_slot():
     prompts = prompts_of([20, 4])
     expected = run(make_runner(build(), max_slots=2), [prompts[1], prompts[0]], 2)[1]
     runner.prefill([0], [prompts[0]])
-    runner._cache.values[0][0, :, 3:].fill_(float("nan"))
+    runner._cache.values[0][0, :, 3:20].fill_(float("nan"))
     runner.free(0)
+    assert not any(memory.any() for memory in runner._cache.keys + runner._cache.values)
     assert torch.equal(run(runner, [prompts[1], prompts[0]], 2)[1], expected)
 
 
