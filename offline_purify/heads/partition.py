@@ -2,7 +2,7 @@
 
 tau rule: S < tau is suspicious, S > 1 - tau is safe. At the paper's tau = 0.3 one of the sets is often empty (a single
 head with a large gradient shrinks all others), so a set below ``smallest`` is filled by rank: the lowest tenth of the
-scores, the highest quarter. That is a fallback and is reported as one. *Contrast* ranks by S(flagged) - S(clean) and so
+scores, the highest quarter; and a set of more than half of all heads is cut to half. That is a fallback and is reported as one. *Contrast* ranks by S(flagged) - S(clean) and so
 finds heads that the flagged inputs make unsafe, rather than heads that always are.
 """
 
@@ -64,10 +64,16 @@ def partition(
     if rule == "rank":
         suspicious = _lowest(scores, lowest, smallest)
         return Partition(suspicious, _lowest((-scores).masked_fill(suspicious, torch.inf), highest, smallest), rule, False)
+    half = scores.numel() // 2
     suspicious, safe = scores < tau, scores > 1 - tau
+    crowded = int(suspicious.sum()) > half or int(safe.sum()) > half
+    if int(suspicious.sum()) > half:
+        suspicious = _lowest(scores, 0.5, smallest)
+    if int(safe.sum()) > half:
+        safe = _lowest(-scores, 0.5, smallest)
     few_suspicious, few_safe = int(suspicious.sum()) < smallest, int(safe.sum()) < smallest
     if few_suspicious:
         suspicious = _lowest(scores.masked_fill(safe, torch.inf), lowest, smallest) & ~safe
     if few_safe:
         safe = _lowest((-scores).masked_fill(suspicious, torch.inf), highest, smallest) & ~suspicious
-    return Partition(suspicious, safe, rule, few_suspicious or few_safe)
+    return Partition(suspicious, safe, rule, crowded or few_suspicious or few_safe)
