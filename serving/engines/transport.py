@@ -68,7 +68,9 @@ class _Exchange:
 
     async def _next(self) -> dict[str, Any]:
         try:
-            message = await asyncio.wait_for(self._messages.get(), self._read_s)
+            # Not wait_for: in Python 3.11 it forgets a cancellation that arrives together with a message.
+            async with asyncio.timeout(self._read_s):
+                message = await self._messages.get()
         except TimeoutError:
             raise httpx.ReadTimeout(
                 f"the app sent nothing for {self._read_s} s", request=self._request

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine
-from contextlib import suppress
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -27,6 +26,7 @@ T = TypeVar("T")
 _OURS = ("headguard", "guard")
 # nginx's number for a client that hung up; nobody is there to read it.
 _CLIENT_GONE = 499
+_CANCEL_AGAIN_S = 1.0
 
 
 class Busy(ServingError):
@@ -79,9 +79,11 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         return working.result()
     finally:
         for task in (working, watching):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+            while not task.done():  # a library may swallow one cancellation; the engine's work must end all the same
+                task.cancel()
+                await asyncio.wait({task}, timeout=_CANCEL_AGAIN_S)
+            if not task.cancelled():
+                task.exception()  # seen: it was raised above, or nobody is left to hear it
 
 
 def _constant(name: str) -> float:
