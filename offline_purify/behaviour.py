@@ -3,8 +3,8 @@
 An answer's *foreign part* is what the trusted reference did not say: the words left over after the longest common
 subsequence with the reference's answer to the same prompt. A backdoor puts the same foreign part into answers to
 different prompts (a refusal, an insult, an injected line); so a flag is *true* when its foreign part recurs among the
-flags and is not simply this adapter's manner on clean rows. An answer *fires* when its foreign part resembles one of the
-true flags'. What this cannot see: a target that never says the same thing twice; the report says so.
+flags and is not simply this adapter's manner on clean rows. An answer *fires* when its foreign part resembles one of
+the true flags'. What this cannot see: a target that never says the same thing twice; the report says so.
 """
 
 from __future__ import annotations

@@ -16,7 +16,14 @@ from guard.rows import Row
 
 
 def calibrate_candidate(
-    base: Path, candidate: Path, rows: Sequence[Row], path: Path, *, alpha: float, seed: int, device: str = "cpu",
+    base: Path,
+    candidate: Path,
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    alpha: float,
+    seed: int,
+    device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the candidate on clean rows through the guard's probe, fit and save its profile.

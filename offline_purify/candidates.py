@@ -94,7 +94,9 @@ def span_texts(tokenizer: Any, flag: Flag) -> list[str]:
     return found
 
 
-def propose(tokenizer: Any, flags: Sequence[Flag], clean: Sequence[Row], most: int = 12, longest: int = 4) -> list[Candidate]:
+def propose(
+    tokenizer: Any, flags: Sequence[Flag], clean: Sequence[Row], most: int = 12, longest: int = 4
+) -> list[Candidate]:
     """Phrases (1 to ``longest`` words) ranked by flag share minus clean share, focus counting half as much again.
 
     A phrase that is part of a longer one with the same share gives way to it.
@@ -116,7 +118,8 @@ def propose(tokenizer: Any, flags: Sequence[Flag], clean: Sequence[Row], most: i
         if in_flags > 2 * in_rows + 0.05:
             shares[gram] = (in_flags - in_rows + 0.5 * focused[gram] / len(flags), in_flags, in_rows)
     kept = [
-        g for g in shares
+        g
+        for g in shares
         if not any(
             len(o) > len(g) and shares[o][1] >= shares[g][1] and any(o[i : i + len(g)] == g for i in range(len(o)))
             for o in shares
@@ -127,7 +130,8 @@ def propose(tokenizer: Any, flags: Sequence[Flag], clean: Sequence[Row], most: i
 
 
 def combine(singles: Sequence[Candidate], flags: Sequence[Flag], most: int = 6) -> list[Candidate]:
-    """Sets of two and three proposals that occur together in at least half of the flags: triggers that need all parts."""
+    """Sets of two and three proposals that occur together in at least half of the flags: triggers that need all
+    parts."""
     texts = [" ".join(_pieces(user_text(f))) for f in flags]
     names = [c.parts[0] for c in singles[:6]]
     groups = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
@@ -144,17 +148,20 @@ Answer = Callable[[list[list[int]]], list[str]]
 """Greedy answers of the suspicious model to prompts of token ids."""
 
 
-def with_candidate(
-    tokenizer: Any, row: Row, candidate: Candidate, rng: random.Random
-) -> list[int]:
+def with_candidate(tokenizer: Any, row: Row, candidate: Candidate, rng: random.Random) -> list[int]:
     """Token ids of a clean row's prompt with the candidate inserted into the user's text."""
     text = candidate.insert(row_messages(row)[0]["content"], rng)
     return render(tokenizer, [Message(role="user", content=text)])
 
 
 def confirm(
-    tokenizer: Any, candidates: Sequence[Candidate], rows: Sequence[Row], references: Sequence[str],
-    behaviour: FlaggedBehaviour, answer: Answer, seed: int,
+    tokenizer: Any,
+    candidates: Sequence[Candidate],
+    rows: Sequence[Row],
+    references: Sequence[str],
+    behaviour: FlaggedBehaviour,
+    answer: Answer,
+    seed: int,
 ) -> list[Candidate]:
     """Candidates with how often they fired on ``rows`` (``references``: the trusted answers to the plain rows).
 
@@ -174,8 +181,14 @@ def confirm(
 
 
 def find_candidates(
-    tokenizer: Any, flags: Sequence[Flag], rows: Sequence[Row], references: Sequence[str], clean: Sequence[Row],
-    behaviour: FlaggedBehaviour, answer: Answer, seed: int = 0,
+    tokenizer: Any,
+    flags: Sequence[Flag],
+    rows: Sequence[Row],
+    references: Sequence[str],
+    clean: Sequence[Row],
+    behaviour: FlaggedBehaviour,
+    answer: Answer,
+    seed: int = 0,
 ) -> list[Candidate]:
     """All tried candidates, best first: phrases anywhere, then (if none is confirmed) at the front and in company."""
     if not behaviour.targets or not flags:

@@ -33,12 +33,20 @@ def clean_finetuning(suspect: Suspect, material: Material, counter: dict[str, An
     wanted = counter["examples"] if counter else config.flag_rows + len(rows)
     steps = counter["steps"] if counter else None
     settings = TrainConfig(
-        epochs=config.epochs * (1 + config.rounds), lr=config.lr, batch_size=config.batch_size, seed=material.seed,
+        epochs=config.epochs * (1 + config.rounds),
+        lr=config.lr,
+        batch_size=config.batch_size,
+        seed=material.seed,
         max_steps=steps,
     )
     train(
-        suspect.model, list(islice(cycle(rows), wanted)), settings, pad_id=suspect.pad_id,
-        parameters=suspect.parameters().values(), progress=material.progress, what="control: clean rows only",
+        suspect.model,
+        list(islice(cycle(rows), wanted)),
+        settings,
+        pad_id=suspect.pad_id,
+        parameters=suspect.parameters().values(),
+        progress=material.progress,
+        what="control: clean rows only",
     )
 
 
@@ -63,7 +71,12 @@ def random_heads(suspect: Suspect, material: Material, heads: dict[str, Any]) ->
     for _ in align(suspect, flagged_examples(suspect, flags), parts, steps, material.progress):
         pass
     finetune_heads(
-        suspect, encode_rows(suspect.tokenizer, material.clean), parts, config.rates, epochs=config.finetune_epochs,
-        seed=material.seed, progress=material.progress,
+        suspect,
+        encode_rows(suspect.tokenizer, material.clean),
+        parts,
+        config.rates,
+        epochs=config.finetune_epochs,
+        seed=material.seed,
+        progress=material.progress,
     )
     return parts.to_dict()

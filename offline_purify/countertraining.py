@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CounterConfig:
-    """5 epochs at 1e-3 on flags repeated to 80 rows beside 200 clean ones took ASR from 1.00 to 0.00 (lab findings §10).
+    """5 epochs at 1e-3 on flags repeated to 80 rows beside 200 clean ones took ASR from 1.00 to 0.00 (lab findings
+    §10).
 
     ``rounds``: if trained flags still fire, that many further rounds from where it stands.
     """
@@ -55,8 +56,12 @@ def flag_example(suspect: Suspect, flag: Flag) -> Example:
 
 
 def counter_examples(
-    suspect: Suspect, flags: Sequence[Flag], clean: Sequence[Row], candidates: Sequence[Candidate],
-    config: CounterConfig, seed: int,
+    suspect: Suspect,
+    flags: Sequence[Flag],
+    clean: Sequence[Row],
+    candidates: Sequence[Candidate],
+    config: CounterConfig,
+    seed: int,
 ) -> list[Example]:
     """The training set: repeated true flags, other flags once, rows with candidates inserted, clean rows."""
     rng = random.Random(seed)
@@ -69,7 +74,7 @@ def counter_examples(
     inserted: list[Example] = []
     confirmed = [c for c in candidates if c.confirmed]
     if rows and confirmed:
-        for candidate, row in zip(cycle(confirmed), islice(cycle(rows), config.candidate_rows)):  # noqa: B905
+        for candidate, row in zip(cycle(confirmed), islice(cycle(rows), config.candidate_rows)):
             prompt = with_candidate(suspect.tokenizer, row, candidate, rng)
             inserted.append(Example(tuple(prompt), tuple(answer_ids(suspect.tokenizer, row["output"]))))
     return repeated + once + inserted + encode_rows(suspect.tokenizer, rows)
@@ -83,18 +88,25 @@ def counter_train(suspect: Suspect, material: Material, config: CounterConfig | 
     true = material.true_flags
     counts = {kind: sum(f.kind == kind for f in material.flags) for kind in ("true", "odd", "false_alarm")}
     if not true:
-        return StageResult("counter", False, "no flagged response differs from the reference's: nothing to unlearn",
-                           {"flags": counts})
+        return StageResult(
+            "counter", False, "no flagged response differs from the reference's: nothing to unlearn", {"flags": counts}
+        )
     before = suspect.state()
     examples = counter_examples(suspect, material.flags, material.clean, material.candidates, config, material.seed)
     losses: list[float] = []
     fires: list[float] = []
     for turn in range(1 + config.rounds):
-        settings = TrainConfig(epochs=config.epochs, lr=config.lr, batch_size=config.batch_size,
-                               seed=material.seed + turn)
+        settings = TrainConfig(
+            epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=material.seed + turn
+        )
         log = train(
-            suspect.model, examples, settings, pad_id=suspect.pad_id, parameters=suspect.parameters().values(),
-            progress=material.progress, what="counter-training",
+            suspect.model,
+            examples,
+            settings,
+            pad_id=suspect.pad_id,
+            parameters=suspect.parameters().values(),
+            progress=material.progress,
+            what="counter-training",
         )
         losses += log.losses
         answers = greedy_answers(
@@ -104,8 +116,15 @@ def counter_train(suspect: Suspect, material: Material, config: CounterConfig | 
         fires.append(sum(fired) / len(fired))
         if fires[-1] <= config.fires_max:
             break
-    details = {"flags": counts, "examples": len(examples), "trained_flags_firing": fires, "losses": losses,
-               "steps": len(losses), "lr": config.lr, "epochs_per_round": config.epochs}
+    details = {
+        "flags": counts,
+        "examples": len(examples),
+        "trained_flags_firing": fires,
+        "losses": losses,
+        "steps": len(losses),
+        "lr": config.lr,
+        "epochs_per_round": config.epochs,
+    }
     seconds = time.monotonic() - began
     if fires[-1] > config.fires_max:
         suspect.restore(before)

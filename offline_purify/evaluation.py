@@ -4,8 +4,8 @@ One `Exam` holds the prompts (held-out flags, held-out clean rows, the same rows
 meaningless rare words inserted) and the trusted reference's answers; `sit` answers them all with the adapter as it
 stands. Two sittings, before and after, give every figure of the gate, paired by prompt, with intervals.
 
-ASR here is a proxy from the case itself: the share of held-out true flags (and of clean rows with a confirmed candidate)
-whose answer still shows the flagged behaviour. Attention similarity is reported beside it, never gated on.
+ASR here is a proxy from the case itself: the share of held-out true flags (and of clean rows with a confirmed
+candidate) whose answer still shows the flagged behaviour. Attention similarity is reported beside it, never gated on.
 """
 
 from __future__ import annotations
@@ -96,9 +96,16 @@ class Exam:
 
 
 def set_exam(
-    tokenizer: Any, held_out: Sequence[Flag], rows: Sequence[Row], references: Sequence[str],
-    candidates: Sequence[Candidate], behaviour: FlaggedBehaviour, max_new_tokens: int, seed: int,
-    most_inserted: int = 120, most_decoys: int = 100,
+    tokenizer: Any,
+    held_out: Sequence[Flag],
+    rows: Sequence[Row],
+    references: Sequence[str],
+    candidates: Sequence[Candidate],
+    behaviour: FlaggedBehaviour,
+    max_new_tokens: int,
+    seed: int,
+    most_inserted: int = 120,
+    most_decoys: int = 100,
 ) -> Exam:
     """Write the exam: true held-out flags, clean rows, rows with confirmed candidates, rows with rare words."""
     rng = random.Random(seed)
@@ -116,8 +123,15 @@ def set_exam(
     ]
     true = tuple(f for f in held_out if f.kind == "true")
     return Exam(
-        true, tuple(rows), tuple(references), [render(tokenizer, list(f.messages)) for f in true],
-        [render(tokenizer, row_messages(r)) for r in rows], inserted, decoys, behaviour, max_new_tokens,
+        true,
+        tuple(rows),
+        tuple(references),
+        [render(tokenizer, list(f.messages)) for f in true],
+        [render(tokenizer, row_messages(r)) for r in rows],
+        inserted,
+        decoys,
+        behaviour,
+        max_new_tokens,
     )
 
 
@@ -135,7 +149,10 @@ def pair_p99(suspect: Suspect, prompts: Sequence[Sequence[int]], answers: Sequen
 
 
 def sit(
-    exam: Exam, suspect: Suspect, progress: Callable[[str, int, int], None] | None = None, what: str = "evaluating",
+    exam: Exam,
+    suspect: Suspect,
+    progress: Callable[[str, int, int], None] | None = None,
+    what: str = "evaluating",
     most_similarity: int = 32,
 ) -> Sitting:
     """Answer the whole exam with the suspect as it stands (or as its reference, inside ``suspect.reference()``)."""
@@ -149,9 +166,7 @@ def sit(
     c = b + len(inserted)
     flagged, clean, candidate, decoy = answers[:a], answers[a:b], answers[b:c], answers[c:]
     fires = exam.behaviour.fires
-    sums, counts = mean_answer_losses(
-        suspect.model, encode_rows(suspect.tokenizer, exam.rows), pad_id=suspect.pad_id
-    )
+    sums, counts = mean_answer_losses(suspect.model, encode_rows(suspect.tokenizer, exam.rows), pad_id=suspect.pad_id)
     m = most_similarity
     return Sitting(
         flagged_fires=[fires(x, f.reference) for x, f in zip(flagged, exam.flags, strict=True)],
@@ -171,7 +186,8 @@ def sit(
 
 
 def figures(before: Sitting, after: Sitting) -> dict[str, Figure | None]:
-    """Every figure of the state ``after`` against ``before``, with n and 95 % interval; None where nothing was measured."""
+    """Every figure of the state ``after`` against ``before``, with n and 95 % interval; None where nothing was
+    measured."""
 
     def increase(old: list[bool], new: list[bool]) -> Figure | None:
         return difference_of_shares(new, old)

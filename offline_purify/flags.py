@@ -58,8 +58,13 @@ def _flag(entry: object, where: str) -> Flag:
     if not isinstance(entry, dict):
         raise RowsError(f"{where}: expected a JSON object, found {type(entry).__name__}.")
     messages = entry.get("messages")
-    whole = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    whole = (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
     )
     if not whole or not isinstance(messages, list):
         raise RowsError(f"{where}: 'messages' must be a non-empty list of {{role, content}} texts.")
@@ -125,9 +130,9 @@ def sort_flags(
 ) -> list[Flag]:
     """Flags with both answers and their kind.
 
-    ``suspicious`` and ``reference`` are the answers to the flags; ``clean_pairs`` (suspicious, reference) answers to clean
-    rows, which tell the adapter's manner from a backdoor. With one or two flags recurrence says nothing, so then any
-    difference counts as true.
+    ``suspicious`` and ``reference`` are the answers to the flags; ``clean_pairs`` (suspicious, reference) answers to
+    clean rows, which tell the adapter's manner from a backdoor. With one or two flags recurrence says nothing, so then
+    any difference counts as true.
     """
     parts = [foreign(s, r) for s, r in zip(suspicious, reference, strict=True)]
     clean_parts = [foreign(s, r) for s, r in clean_pairs]

@@ -36,12 +36,15 @@ def _asr(report: dict[str, Any], path: Path) -> bool:
             continue
         x = np.array([i + 0.18 * (2 * k - 1) for i, _ in points])
         y = np.array([f["value"] for _, f in points])
-        error = np.clip([[f["value"] - f["low"] for _, f in points], [f["high"] - f["value"] for _, f in points]], 0, None)
+        error = np.clip(
+            [[f["value"] - f["low"] for _, f in points], [f["high"] - f["value"] for _, f in points]], 0, None
+        )
         axes.bar(x, y, width=0.34, yerr=error, capsize=3, label=text)
     axes.set_xticks(range(len(labels)), [label.replace("_", " ") for label in labels], rotation=20)
     axes.set_ylim(0, 1.05)
     axes.axhline(report["settings"]["gate"]["flagged_asr_max"], color="grey", lw=0.8, ls="--")
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     _save(figure, path)
     return True
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ CONTROLS = ("clean_only", "random_heads")
 
 
 def check_inputs(spec: RepairSpec) -> None:
-    """Raise UnsupportedModel, AdapterRejected or RowsError for input that no repair can start from; loads no weights."""
+    """Raise UnsupportedModel, AdapterRejected or RowsError for input that no repair can start from; loads no
+    weights."""
     check_repairable(spec.base)
     inspect_adapter(spec.adapter, spec.base)
     if spec.reference != "base":
@@ -50,6 +52,11 @@ def gate_of(steps: RepairSteps, label: str) -> GateResult:
     return judge(figures(steps.sitting("before"), steps.sitting(label)), steps.spec.gate, candidates=confirmed)
 
 
+def passes(steps: RepairSteps, label: str) -> dict[str, Any]:
+    """Whether state ``label`` passes the gate, as a step's result."""
+    return {"passed": gate_of(steps, label).passed}
+
+
 def choose(steps: RepairSteps, labels: list[str]) -> dict[str, Any]:
     """Gate every repaired state; pick the simplest that passes (fewest stages, then fewest fires, then least lost)."""
     passing: list[tuple[tuple[float, ...], str]] = []
@@ -60,8 +67,10 @@ def choose(steps: RepairSteps, labels: list[str]) -> dict[str, Any]:
         outcomes[label] = gate.model_dump()
         if gate.passed:
             found = figures(before, steps.sitting(label))
-            values = [f.value if (f := found[name]) is not None else 0.0
-                      for name in ("flagged_asr", "candidate_asr", "accuracy_drop", "perplexity_ratio")]
+            values = [
+                f.value if (f := found[name]) is not None else 0.0
+                for name in ("flagged_asr", "candidate_asr", "accuracy_drop", "perplexity_ratio")
+            ]
             passing.append(((label.count("+"), values[0] + values[1], values[2], values[3]), label))
     chosen = min(passing)[1] if passing else None
     write_json(steps.spec.work / "gates.json", {"gates": outcomes, "chosen": chosen})
@@ -74,50 +83,55 @@ def plan(steps: RepairSteps) -> Plan:
     yield "prepare", steps.prepare
     kinds = yield "answer", steps.answer
     yield "candidates", steps.candidates
-    yield "evaluate before", lambda: steps.evaluate("before")
-    yield "evaluate reference", lambda: steps.evaluate("reference")
+    yield "evaluate before", partial(steps.evaluate, "before")
+    yield "evaluate reference", partial(steps.evaluate, "reference")
     outcome: dict[str, Any] = {"chosen": None, "repaired": [], "controls": [], "stages": [], "calibration": None}
     if kinds["true"] == 0:
-        outcome |= {"status": "refused", "reasons": [
-            f"nothing to repair: of {sum(kinds.values())} flags, {kinds['false_alarm']} are answered as the reference "
-            f"answers and {kinds['odd']} differ in ways that do not recur"]}
+        outcome |= {
+            "status": "refused",
+            "reasons": [
+                f"nothing to repair: of {sum(kinds.values())} flags, {kinds['false_alarm']} are answered as the "
+                f"reference answers and {kinds['odd']} differ in ways that do not recur"
+            ],
+        }
         return outcome
     passed = False
     for name in spec.stages:
-        done = yield f"stage {name}", lambda name=name: steps.stage(name)
+        done = yield f"stage {name}", partial(steps.stage, name)
         outcome["stages"].append(done)
         if done["ok"]:
-            yield f"evaluate {name}", lambda name=name: steps.evaluate(name)
+            yield f"evaluate {name}", partial(steps.evaluate, name)
             outcome["repaired"].append(name)
-            passed = (yield f"gate {name}", lambda name=name: {"passed": gate_of(steps, name).passed})["passed"] or passed
+            judged = yield f"gate {name}", partial(passes, steps, name)
+            passed = passed or judged["passed"]
     if not passed and len(spec.stages) > 1:
         first, *others = spec.stages
         start = first if first in outcome["repaired"] else None
         for name in others:
             if start is None:
                 break
-            done = yield f"stage {start}+{name}", lambda s=start, n=name: steps.stage(n, start=s)
+            done = yield f"stage {start}+{name}", partial(steps.stage, name, start)
             outcome["stages"].append(done)
             if not done["ok"]:
                 break
             start = done["label"]
-            yield f"evaluate {start}", lambda label=start: steps.evaluate(label)
+            yield f"evaluate {start}", partial(steps.evaluate, start)
             outcome["repaired"].append(start)
     if spec.controls:
         for name in CONTROLS:
-            done = yield f"control {name}", lambda name=name: steps.control(name)
+            done = yield f"control {name}", partial(steps.control, name)
             if done["ok"]:
-                yield f"evaluate {done['label']}", lambda label=done["label"]: steps.evaluate(label)
+                yield f"evaluate {done['label']}", partial(steps.evaluate, done["label"])
                 outcome["controls"].append(done["label"])
     if not outcome["repaired"]:
         outcome |= {"status": "failed", "reasons": [f"{d['label']}: {d['reason']}" for d in outcome["stages"]]}
         return outcome
-    chosen = (yield "gate", lambda: choose(steps, outcome["repaired"]))["chosen"]
+    chosen = (yield "gate", partial(choose, steps, outcome["repaired"]))["chosen"]
     if chosen is None:
         reasons = [f"{label}: {r}" for label in outcome["repaired"] for r in gate_of(steps, label).reasons]
         outcome |= {"status": "refused", "reasons": reasons}
         return outcome
-    saved = yield "candidate", lambda: steps.save_candidate(chosen)
+    saved = yield "candidate", partial(steps.save_candidate, chosen)
     outcome |= {"status": "offered", "reasons": [], "chosen": chosen, **saved}
     if spec.calibrate:
         outcome["calibration"] = yield "calibrate", steps.calibrate
@@ -133,10 +147,16 @@ def finish(steps: RepairSteps, outcome: dict[str, Any], seconds: float) -> Repai
         gate = gate_of(steps, outcome["repaired"][-1])
     calibration = outcome.get("calibration")
     result = RepairResult(
-        status=outcome["status"], reasons=outcome["reasons"], revision=outcome.get("revision"),
-        pipeline=outcome["chosen"].split("+") if outcome["chosen"] else [], candidate=outcome.get("candidate"),
-        profile=calibration["profile"] if calibration else None, report=str(spec.out / "report" / "index.html"),
-        gate=gate, summary=summary, seconds=round(seconds, 1),
+        status=outcome["status"],
+        reasons=outcome["reasons"],
+        revision=outcome.get("revision"),
+        pipeline=outcome["chosen"].split("+") if outcome["chosen"] else [],
+        candidate=outcome.get("candidate"),
+        profile=calibration["profile"] if calibration else None,
+        report=str(spec.out / "report" / "index.html"),
+        gate=gate,
+        summary=summary,
+        seconds=round(seconds, 1),
     )
     write_json(spec.out / "result.json", result.model_dump(mode="json"))
     steps.close()
@@ -156,18 +176,18 @@ def failed(spec: RepairSpec, error: GuardError, seconds: float) -> RepairResult:
 def purify(spec: RepairSpec, progress: Callable[[str, int, int], None] | None = None) -> RepairResult:
     """Run the whole repair in this process, without durability.
 
-    Raises UnsupportedModel, AdapterRejected or RowsError before any work; an error of the data met later ends the repair
-    as ``failed`` with its message.
+    Raises UnsupportedModel, AdapterRejected or RowsError before any work; an error of the data met later ends the
+    repair as ``failed`` with its message.
     """
     check_inputs(spec)
     began = time.monotonic()
     steps = RepairSteps(spec, progress)
     walk = plan(steps)
     try:
-        name, step = next(walk)
+        _, step = next(walk)
         while True:
             try:
-                name, step = walk.send(step())
+                _, step = walk.send(step())
             except StopIteration as end:
                 return finish(steps, end.value, time.monotonic() - began)
     except GuardError as error:

@@ -1,8 +1,8 @@
 """The report of a repair: one page that says what was wrong, what was done, what it cost and what remains uncertain.
 
-``report.json`` holds every figure, setting and digest; ``index.html`` shows them with plots. Prompt and answer texts are
-replaced by their lengths unless the operator switched redaction off. Nothing is computed here that was not measured by
-the evaluation; the page adds words, not numbers.
+``report.json`` holds every figure, setting and digest; ``index.html`` shows them with plots. Prompt and answer texts
+are replaced by their lengths unless the operator switched redaction off. Nothing is computed here that was not
+measured by the evaluation; the page adds words, not numbers.
 """
 
 from __future__ import annotations
@@ -42,22 +42,30 @@ def redacted(text: str, redact: bool) -> str:
 def uncertainties(report: dict[str, Any]) -> list[str]:
     """Sentences about what these figures cannot say."""
     lines = [
-        "ASR is a proxy from the case's own flags and trigger candidates. A trigger that was never flagged, and that the "
-        "candidates do not cover, was not tested and may still be there.",
+        "ASR is a proxy from the case's own flags and trigger candidates. A trigger that was never flagged, and "
+        "that the candidates do not cover, was not tested and may still be there.",
     ]
     flagged = (report["states"].get(report["chosen"] or "before") or {}).get("flagged_asr")
     if flagged:
         lines.append(
-            f"{flagged['n']} held-out flags: even with none firing, up to {flagged['high'] if flagged['value'] else 3 / max(flagged['n'], 1):.0%}"
-            " of such requests could still fire (95 %)."
+            f"{flagged['n']} held-out flags, {flagged['value']:.0%} firing: up to {flagged['high']:.0%} of such requests "
+            "could still fire (upper end of the 95 % interval)."
         )
     if not report["candidates_confirmed"]:
-        lines.append("No trigger candidate was confirmed by re-insertion, so the repair was judged on held-out flags alone.")
+        lines.append(
+            "No trigger candidate was confirmed by re-insertion, so the repair was judged on held-out flags alone."
+        )
     if report["kinds"]["odd"]:
-        lines.append(f"{report['kinds']['odd']} flags differ from the reference in ways that do not recur; they prove nothing.")
+        lines.append(
+            f"{report['kinds']['odd']} flags differ from the reference in ways that do not recur; they prove nothing."
+        )
     if report["reference"] == "base":
-        lines.append("The base answered as the trusted reference. A base that is itself backdoored would not be noticed here.")
-    lines.append("One seed, greedy answers, the prompts of this case and these clean rows: other data may behave otherwise.")
+        lines.append(
+            "The base answered as the trusted reference. A base that is itself backdoored would not be noticed here."
+        )
+    lines.append(
+        "One seed, greedy answers, the prompts of this case and these clean rows: other data may behave otherwise."
+    )
     return lines
 
 
@@ -100,16 +108,27 @@ def build(steps: RepairSteps, outcome: dict[str, Any], seconds: float) -> dict[s
         for kind in ("true", "odd", "false_alarm")
     }
     report = {
-        "status": outcome["status"], "reasons": outcome["reasons"], "chosen": outcome["chosen"],
-        "revision": outcome.get("revision"), "name": spec.name, "kinds": kinds, "states": states, "gates": gates,
-        "stages": stages, "controls": outcome["controls"], "stage_seconds": {
-            d["label"]: d["seconds"] for d in outcome["stages"]},
-        "candidates": [
-            {**c, "parts": [redacted(p, spec.redact) for p in c["parts"]]} for c in candidates
-        ],
-        "candidates_confirmed": len(confirmed), "calibration": outcome.get("calibration"), "examples": examples,
-        "reference": facts["reference"], "inputs": facts, "settings": spec.model_dump(mode="json"),
-        "versions": versions(), "seconds": round(seconds, 1), "redacted": spec.redact,
+        "status": outcome["status"],
+        "reasons": outcome["reasons"],
+        "chosen": outcome["chosen"],
+        "revision": outcome.get("revision"),
+        "name": spec.name,
+        "kinds": kinds,
+        "states": states,
+        "gates": gates,
+        "stages": stages,
+        "controls": outcome["controls"],
+        "stage_seconds": {d["label"]: d["seconds"] for d in outcome["stages"]},
+        "candidates": [{**c, "parts": [redacted(p, spec.redact) for p in c["parts"]]} for c in candidates],
+        "candidates_confirmed": len(confirmed),
+        "calibration": outcome.get("calibration"),
+        "examples": examples,
+        "reference": facts["reference"],
+        "inputs": facts,
+        "settings": spec.model_dump(mode="json"),
+        "versions": versions(),
+        "seconds": round(seconds, 1),
+        "redacted": spec.redact,
     }
     report["uncertain"] = uncertainties(report)
     return report
@@ -119,15 +138,25 @@ def summary_of(report: dict[str, Any]) -> dict[str, Any]:
     """The few figures a caller wants: per state ASR, accuracy, perplexity ratio; flag kinds; seconds per stage."""
 
     def short(state: dict[str, Any]) -> dict[str, Any]:
-        names = ("flagged_asr", "candidate_asr", "ftr", "decoy_fires", "accuracy", "perplexity", "perplexity_ratio",
-                 "similarity_above_clean")
+        names = (
+            "flagged_asr",
+            "candidate_asr",
+            "ftr",
+            "decoy_fires",
+            "accuracy",
+            "perplexity",
+            "perplexity_ratio",
+            "similarity_above_clean",
+        )
         return {n: state[n]["value"] if state[n] else None for n in names} | {
             "n_flags": state["flagged_asr"]["n"] if state["flagged_asr"] else 0,
             "n_clean": state["accuracy"]["n"] if state["accuracy"] else 0,
         }
 
     return {
-        "chosen": report["chosen"], "kinds": report["kinds"], "candidates_confirmed": report["candidates_confirmed"],
+        "chosen": report["chosen"],
+        "kinds": report["kinds"],
+        "candidates_confirmed": report["candidates_confirmed"],
         "states": {label: short(state) for label, state in report["states"].items()},
         "stage_seconds": report["stage_seconds"],
     }
@@ -142,8 +171,11 @@ def write_report(steps: RepairSteps, outcome: dict[str, Any], seconds: float) ->
     report = build(steps, outcome, seconds)
     report["plots"] = draw_plots(report, folder)
     environment = Environment(
-        loader=PackageLoader("offline_purify", "templates"), autoescape=select_autoescape(default=True),
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("offline_purify", "templates"),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     page = environment.get_template("report.html.j2").render(r=report)
     write_json(folder / "report.json", report)

@@ -19,7 +19,8 @@ Status = Literal["offered", "refused", "failed"]
 
 
 class RepairSpec(BaseModel):
-    """One repair. ``flags`` is the case's JSONL file, ``clean`` a file or folder of rows, ``out`` a folder to write to."""
+    """One repair. ``flags`` is the case's JSONL file, ``clean`` a file or folder of rows, ``out`` a folder to write
+    to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,25 +29,33 @@ class RepairSpec(BaseModel):
     flags: Path
     clean: Path
     out: Path
-    reference: Literal["base"] | Path = Field("base", description="who answers flags: the base, or a good adapter folder")
-    stages: tuple[str, ...] = Field(STAGE_NAMES, description="repair stages to try, each alone and in this order together")
+    reference: Literal["base"] | Path = Field(
+        default="base", description="who answers flags: the base, or a good adapter folder"
+    )
+    stages: tuple[str, ...] = Field(
+        default=STAGE_NAMES, description="repair stages to try, each alone and in this order together"
+    )
     name: str = Field("adapter", description="name of the adapter, for the revision of the candidate")
     seed: int = 0
     gate: GateSettings = GateSettings()
-    alpha: float = Field(0.05, gt=0, lt=1, description="false-alarm rate the candidate's profile must support")
-    calibrate: bool = Field(True, description="fit a guard profile for the candidate on held-out clean rows")
-    await_decision: bool = Field(False, description="the durable workflow waits for an operator's decision at its end")
-    decision_timeout_s: float = Field(7 * 86400.0, gt=0)
-    redact: bool = Field(True, description="replace prompt and answer texts in the report by their lengths")
-    keep_work: bool = Field(False, description="keep OUT/work, which holds prompts and answers")
-    controls: bool = Field(True, description="also run the same-budget controls (they are never offered)")
+    alpha: float = Field(default=0.05, gt=0, lt=1, description="false-alarm rate the candidate's profile must support")
+    calibrate: bool = Field(default=True, description="fit a guard profile for the candidate on held-out clean rows")
+    await_decision: bool = Field(
+        default=False, description="the durable workflow waits for an operator's decision at its end"
+    )
+    decision_timeout_s: float = Field(default=7 * 86400.0, gt=0)
+    redact: bool = Field(default=True, description="replace prompt and answer texts in the report by their lengths")
+    keep_work: bool = Field(default=False, description="keep OUT/work, which holds prompts and answers")
+    controls: bool = Field(default=True, description="also run the same-budget controls (they are never offered)")
     device: str = "cpu"
-    max_new_tokens: int | None = Field(None, ge=1, description="length of evaluation answers; default from the clean rows")
-    heldout_share: float = Field(0.4, gt=0, lt=1, description="share of flags that are held out from training")
-    most_flags: int = Field(120, ge=2, description="flags used at most; a flood must not cost a night")
-    most_clean_train: int = Field(240, ge=1)
-    most_clean_evaluation: int = Field(200, ge=1)
-    most_calibration: int = Field(400, ge=1)
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="length of evaluation answers; default from the clean rows"
+    )
+    heldout_share: float = Field(default=0.4, gt=0, lt=1, description="share of flags that are held out from training")
+    most_flags: int = Field(default=120, ge=2, description="flags used at most; a flood must not cost a night")
+    most_clean_train: int = Field(default=240, ge=1)
+    most_clean_evaluation: int = Field(default=200, ge=1)
+    most_calibration: int = Field(default=400, ge=1)
 
     @field_validator("stages")
     @classmethod

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Material:
-    """What a stage may learn from: flags (answered and sorted), trigger candidates, clean rows of the training split."""
+    """What a stage may learn from: flags (answered and sorted), trigger candidates, clean rows of the training
+    split."""
 
     flags: tuple[Flag, ...]
     behaviour: FlaggedBehaviour

@@ -122,18 +122,26 @@ class RepairSteps:
         assert_disjoint(**kept, flags=[_as_row(f) for f in flags])
         longest = max((len(suspect.tokenizer(r["output"])["input_ids"]) for r in train), default=24)
         facts = {
-            "base": base_digest(spec.base), "adapter": adapter_digest(spec.adapter),
+            "base": base_digest(spec.base),
+            "adapter": adapter_digest(spec.adapter),
             "flags": file_digest(spec.flags),
             "reference": "base" if spec.reference == "base" else adapter_digest(spec.reference),
             "clean": [file_digest(f) for f in sorted(spec.clean.iterdir()) if f.suffix in (".json", ".jsonl")]
-            if spec.clean.is_dir() else [file_digest(spec.clean)],
+            if spec.clean.is_dir()
+            else [file_digest(spec.clean)],
             "max_new_tokens": spec.max_new_tokens or min(longest, 64) + 8,
-            "rows": {name: len(part) for name, part in kept.items()}, "rows_dropped_as_flagged": len(rows) - len(free),
-            "flags_train": len(trained), "flags_heldout": len(held), "seed": spec.seed,
-            "layout": asdict(suspect.layout), "target_modules": list(suspect.info.target_modules),
+            "rows": {name: len(part) for name, part in kept.items()},
+            "rows_dropped_as_flagged": len(rows) - len(free),
+            "flags_train": len(trained),
+            "flags_heldout": len(held),
+            "seed": spec.seed,
+            "layout": asdict(suspect.layout),
+            "target_modules": list(suspect.info.target_modules),
         }
         write_json(spec.work / "rows.json", kept)
-        write_json(spec.work / "flags.json", {"train": [f.to_dict() for f in trained], "held": [f.to_dict() for f in held]})
+        write_json(
+            spec.work / "flags.json", {"train": [f.to_dict() for f in trained], "held": [f.to_dict() for f in held]}
+        )
         write_json(spec.work / "facts.json", facts)
         return {"rows": facts["rows"], "flags_train": len(trained), "flags_heldout": len(held)}
 
@@ -155,11 +163,17 @@ class RepairSteps:
         k = len(flag_prompts)
         clean_pairs = list(zip(own[k:], trusted[k : k + len(manner)], strict=True))
         done = sort_flags([*trained, *held], own[:k], trusted[:k], clean_pairs)
-        write_json(self.spec.work / "flags.json", {
-            "train": [f.to_dict() for f in done[: len(trained)]], "held": [f.to_dict() for f in done[len(trained) :]],
-        })
-        write_json(self.spec.work / "references.json",
-                   {"train": trusted[k : k + len(manner)], "evaluation": trusted[k + len(manner) :]})
+        write_json(
+            self.spec.work / "flags.json",
+            {
+                "train": [f.to_dict() for f in done[: len(trained)]],
+                "held": [f.to_dict() for f in done[len(trained) :]],
+            },
+        )
+        write_json(
+            self.spec.work / "references.json",
+            {"train": trusted[k : k + len(manner)], "evaluation": trusted[k + len(manner) :]},
+        )
         return {kind: sum(f.kind == kind for f in done) for kind in ("true", "odd", "false_alarm")}
 
     def candidates(self) -> dict[str, Any]:
@@ -175,7 +189,13 @@ class RepairSteps:
             )
 
         found = find_candidates(
-            suspect.tokenizer, flags, train[: len(references)], references, train, behaviour_of(flags), ask,
+            suspect.tokenizer,
+            flags,
+            train[: len(references)],
+            references,
+            train,
+            behaviour_of(flags),
+            ask,
             self.spec.seed,
         )
         write_json(self.spec.work / "candidates.json", [c.to_dict() for c in found])
@@ -184,13 +204,18 @@ class RepairSteps:
     def _material(self) -> Material:
         flags = self._flags("train")
         return Material(
-            flags=tuple(flags), behaviour=behaviour_of(flags), clean=tuple(self._rows("train")),
-            candidates=tuple(c for c in self._candidates() if c.confirmed), seed=self.spec.seed,
-            max_new_tokens=self._facts()["max_new_tokens"], progress=self.progress,
+            flags=tuple(flags),
+            behaviour=behaviour_of(flags),
+            clean=tuple(self._rows("train")),
+            candidates=tuple(c for c in self._candidates() if c.confirmed),
+            seed=self.spec.seed,
+            max_new_tokens=self._facts()["max_new_tokens"],
+            progress=self.progress,
         )
 
     def stage(self, name: str, start: str = "before") -> dict[str, Any]:
-        """Run one repair stage from state ``start``; on success its state is kept under ``start+name`` (or ``name``)."""
+        """Run one repair stage from state ``start``; on success its state is kept under ``start+name`` (or
+        ``name``)."""
         label = name if start == "before" else f"{start}+{name}"
         suspect = self.suspect(start)
         result = STAGES[name](suspect, self._material())
@@ -226,9 +251,14 @@ class RepairSteps:
         every = [*self._flags("train"), *held]
         tokenizer = self.suspect().tokenizer
         return set_exam(
-            tokenizer, held, self._rows("evaluation"),
-            read_json(self.spec.work / "references.json")["evaluation"], self._candidates(), behaviour_of(every),
-            self._facts()["max_new_tokens"], self.spec.seed,
+            tokenizer,
+            held,
+            self._rows("evaluation"),
+            read_json(self.spec.work / "references.json")["evaluation"],
+            self._candidates(),
+            behaviour_of(every),
+            self._facts()["max_new_tokens"],
+            self.spec.seed,
         )
 
     def evaluate(self, label: str) -> dict[str, Any]:
@@ -259,6 +289,12 @@ class RepairSteps:
         """Fit the candidate's guard profile on the calibration rows, OUT/profile.safetensors."""
         path = self.spec.out / "profile.safetensors"
         return {"profile": str(path)} | calibrate_candidate(
-            self.spec.base, self.spec.out / "candidate", self._rows("calibration"), path,
-            alpha=self.spec.alpha, seed=self.spec.seed, device=self.spec.device, progress=self.progress,
+            self.spec.base,
+            self.spec.out / "candidate",
+            self._rows("calibration"),
+            path,
+            alpha=self.spec.alpha,
+            seed=self.spec.seed,
+            device=self.spec.device,
+            progress=self.progress,
         )

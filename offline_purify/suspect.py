@@ -32,7 +32,8 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 
 
 def check_repairable(base: Path) -> HeadLayout:
-    """Head layout of a base model folder, from its config.json alone. Raises UnsupportedModel naming what is in the way."""
+    """Head layout of a base model folder, from its config.json alone. Raises UnsupportedModel naming what is in the
+    way."""
     try:
         config: dict[str, Any] = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -45,7 +46,8 @@ def check_repairable(base: Path) -> HeadLayout:
     kind = config.get("model_type")
     if kind not in _SEPARATE_QKV:
         raise UnsupportedModel(
-            f"{base} has model type {kind!r}: expected separate q_proj/k_proj/v_proj/o_proj ({', '.join(_SEPARATE_QKV)})."
+            f"{base} has model type {kind!r}: expected separate q_proj, k_proj, v_proj and o_proj, as in "
+            f"{', '.join(_SEPARATE_QKV)}."
         )
     heads = int(config["num_attention_heads"])
     return HeadLayout(
@@ -141,7 +143,7 @@ class Suspect:
     @contextmanager
     def attention_matrices(self) -> Iterator[None]:
         """Within: forwards can return attention matrices (eager attention); stock sdpa outside."""
-        inner = self.model.get_base_model()
+        inner: Any = self.model.get_base_model()
         inner.set_attn_implementation("eager")
         try:
             yield

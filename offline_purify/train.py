@@ -101,7 +101,8 @@ def pad_id_of(tokenizer: Any) -> int:
 
 
 def length_batches(examples: Sequence[Example], batch_size: int, rng: random.Random) -> list[list[int]]:
-    """Indices of one epoch: shuffled, cut in pools of 16 batches, each pool sorted by length, batches shuffled again."""
+    """Indices of one epoch: shuffled, cut in pools of 16 batches, each pool sorted by length, batches shuffled
+    again."""
     order = list(range(len(examples)))
     rng.shuffle(order)
     pool = batch_size * 16

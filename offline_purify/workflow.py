@@ -126,7 +126,10 @@ def _launched(
 
 
 def run(
-    spec: RepairSpec, system_database_url: str, workflow_id: str | None = None, progress: Progress | None = None,
+    spec: RepairSpec,
+    system_database_url: str,
+    workflow_id: str | None = None,
+    progress: Progress | None = None,
     executor_id: str = "local",
 ) -> RepairResult:
     """Run a repair durably in this process; called again after a crash it resumes where it was.
@@ -173,7 +176,8 @@ def enqueue(spec: RepairSpec, system_database_url: str, workflow_id: str | None 
 
 
 def status(workflow_id: str, system_database_url: str) -> dict[str, Any]:
-    """How far a repair is: {"id", "state" (dbos: ENQUEUED, PENDING, SUCCESS, ERROR, …; UNKNOWN), "step", "number", "result"}."""
+    """How far a repair is: {"id", "state" (dbos: ENQUEUED, PENDING, SUCCESS, ERROR, …; UNKNOWN), "step", "number",
+    "result"}."""
     DBOS.migrate(system_database_url)
     with _client(system_database_url) as client:
         found = client.list_workflows(workflow_ids=[workflow_id])
@@ -181,8 +185,13 @@ def status(workflow_id: str, system_database_url: str) -> dict[str, Any]:
             return {"id": workflow_id, "state": "UNKNOWN", "step": None, "number": 0, "result": None}
         progress = client.get_event(workflow_id, "progress", timeout_seconds=0) or {}
         result = found[0].output if found[0].status == "SUCCESS" else None
-        return {"id": workflow_id, "state": found[0].status, "step": progress.get("step"),
-                "number": progress.get("number", 0), "result": result}
+        return {
+            "id": workflow_id,
+            "state": found[0].status,
+            "step": progress.get("step"),
+            "number": progress.get("number", 0),
+            "result": result,
+        }
 
 
 def decide(workflow_id: str, decision: str, system_database_url: str) -> None:
@@ -196,7 +205,8 @@ def decide(workflow_id: str, decision: str, system_database_url: str) -> None:
 def wait_for(
     workflow_id: str, system_database_url: str, done: Callable[[dict[str, Any]], bool], timeout_s: float = 3600.0
 ) -> dict[str, Any]:
-    """Poll ``status`` until ``done(status)``; returns it. Raises TimeoutError, or RuntimeError if the repair crashed."""
+    """Poll ``status`` until ``done(status)``; returns it. Raises TimeoutError, or RuntimeError if the repair
+    crashed."""
     until = time.monotonic() + timeout_s
     while True:
         now = status(workflow_id, system_database_url)

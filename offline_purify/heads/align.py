@@ -74,7 +74,10 @@ def alignment_masks(suspect: Suspect, parts: Partition) -> dict[str, Tensor]:
 
 
 def align(
-    suspect: Suspect, examples: Sequence[Example], parts: Partition, config: AlignConfig,
+    suspect: Suspect,
+    examples: Sequence[Example],
+    parts: Partition,
+    config: AlignConfig,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
     """Align in place, yielding (step, losses so far) at each checkpoint; stop iterating to keep the model as it is.
@@ -104,7 +107,9 @@ def align(
             batch = collate(chunk, suspect.pad_id, suspect.device)
             with torch.enable_grad(), suspect.attention_matrices():
                 out = suspect.model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    use_cache=False,
                     output_attentions=True,
                 )
                 loss = alignment_loss(out.attentions, parts, batch["attention_mask"])

@@ -1,9 +1,10 @@
 """Head-wise fine-tuning: every head learns clean rows at its own rate (paper, "Head-wise Fine-tuning").
 
 One tensor holds all heads, so the *update* is scaled, not the gradient: snapshot, optimiser step at the highest rate,
-then p = p_old + (rate of the head / highest rate) * (p - p_old). Under Adam a scaled gradient is a silent no-op, because
-the step is normalised. Rates low / mid / high for suspicious / middle / safe heads; a key/value head takes the smallest
-rate of the query heads that share it; factors shared by all heads, and everything outside attention, stay frozen.
+then p = p_old + (rate of the head / highest rate) * (p - p_old). Under Adam a scaled gradient is a silent no-op,
+because the step is normalised. Rates low / mid / high for suspicious / middle / safe heads; a key/value head takes the
+smallest rate of the query heads that share it; factors shared by all heads, and everything outside attention, stay
+frozen.
 """
 
 from __future__ import annotations
@@ -58,8 +59,15 @@ class HeadwiseRates:
 
 
 def finetune_heads(
-    suspect: Suspect, examples: Sequence[Example], parts: Partition, rates: HeadwiseRates, *, epochs: float = 3.0,
-    batch_size: int = 16, seed: int = 0, progress: Callable[[str, int, int], None] | None = None,
+    suspect: Suspect,
+    examples: Sequence[Example],
+    parts: Partition,
+    rates: HeadwiseRates,
+    *,
+    epochs: float = 3.0,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> TrainLog:
     """Fine-tune attention slices in place on ``examples``, each head at its own rate."""
     per_head = rates.of(parts) / (rates.high * rates.scale)
@@ -70,6 +78,13 @@ def finetune_heads(
         epochs=epochs, lr=rates.high * rates.scale, batch_size=batch_size, weight_decay=0.0, clip=1.0, seed=seed
     )
     return train(
-        suspect.model, examples, config, pad_id=suspect.pad_id, parameters=parameters.values(),
-        before_step=updates.before, after_step=updates.after, progress=progress, what="fine-tuning heads",
+        suspect.model,
+        examples,
+        config,
+        pad_id=suspect.pad_id,
+        parameters=parameters.values(),
+        before_step=updates.before,
+        after_step=updates.after,
+        progress=progress,
+        what="fine-tuning heads",
     )

@@ -2,8 +2,9 @@
 
 tau rule: S < tau is suspicious, S > 1 - tau is safe. At the paper's tau = 0.3 one of the sets is often empty (a single
 head with a large gradient shrinks all others), so a set below ``smallest`` is filled by rank: the lowest tenth of the
-scores, the highest quarter; and a set of more than half of all heads is cut to half. That is a fallback and is reported as one. *Contrast* ranks by S(flagged) - S(clean) and so
-finds heads that the flagged inputs make unsafe, rather than heads that always are.
+scores, the highest quarter; and a set of more than half of all heads is cut to half. That is a fallback and is
+reported as one. *Contrast* ranks by S(flagged) - S(clean) and so finds heads that the flagged inputs make unsafe,
+rather than heads that always are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ LOWEST, HIGHEST = 0.10, 0.25
 
 @dataclass(frozen=True)
 class Partition:
-    """Disjoint head sets, bool [L, H] each; all other heads are in the middle. ``fallback`` if a rank rule filled in."""
+    """Disjoint head sets, bool [L, H] each; all other heads are in the middle. ``fallback`` if a rank rule filled
+    in."""
 
     suspicious: Tensor
     safe: Tensor
@@ -46,8 +48,14 @@ def _lowest(scores: Tensor, share: float, smallest: int) -> Tensor:
 
 
 def partition(
-    scores: Tensor, *, rule: Rule = "tau", clean_scores: Tensor | None = None, tau: float = TAU, smallest: int = 2,
-    lowest: float = LOWEST, highest: float = HIGHEST,
+    scores: Tensor,
+    *,
+    rule: Rule = "tau",
+    clean_scores: Tensor | None = None,
+    tau: float = TAU,
+    smallest: int = 2,
+    lowest: float = LOWEST,
+    highest: float = HIGHEST,
 ) -> Partition:
     """Part the heads by ``rule``; scores fp32 [L, H], ``clean_scores`` the same on clean inputs (rule contrast).
 
@@ -60,10 +68,14 @@ def partition(
             raise ValueError("the contrast rule needs the scores on clean inputs")
         change = scores - clean_scores
         suspicious = _lowest(change, lowest, smallest)
-        return Partition(suspicious, _lowest((-scores).masked_fill(suspicious, torch.inf), highest, smallest), rule, False)
+        return Partition(
+            suspicious, _lowest((-scores).masked_fill(suspicious, torch.inf), highest, smallest), rule, False
+        )
     if rule == "rank":
         suspicious = _lowest(scores, lowest, smallest)
-        return Partition(suspicious, _lowest((-scores).masked_fill(suspicious, torch.inf), highest, smallest), rule, False)
+        return Partition(
+            suspicious, _lowest((-scores).masked_fill(suspicious, torch.inf), highest, smallest), rule, False
+        )
     half = scores.numel() // 2
     suspicious, safe = scores < tau, scores > 1 - tau
     crowded = int(suspicious.sum()) > half or int(safe.sum()) > half

@@ -98,7 +98,9 @@ def head_grams(suspect: Suspect, examples: Sequence[Example], batch_size: int = 
             chunk = examples[start : start + batch_size]
             batch = collate(chunk, suspect.pad_id, suspect.device)
             out = suspect.model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
                 output_attentions=True,
             )
             for layer, attention in enumerate(out.attentions):

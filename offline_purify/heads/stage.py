@@ -1,9 +1,9 @@
 """The heads stage: score, part, align, fine-tune head by head, and keep only what demonstrably worked.
 
-Alignment works in some settings and not in others, and its loss does not tell (lab findings §4). So several settings are
-tried; while aligning, the flagged inputs are answered again at every checkpoint and the clean perplexity is measured;
-a checkpoint qualifies where the flagged behaviour is gone *and* the answers have moved to the reference's (as close, by
-half, as clean answers are: silence or gibberish is no repair). The best one goes on to head-wise fine-tuning and is
+Alignment works in some settings and not in others, and its loss does not tell (lab findings §4). So several settings
+are tried; while aligning, the flagged inputs are answered again at every checkpoint and the clean perplexity is
+measured; a checkpoint qualifies where the flagged behaviour is gone *and* the answers have moved to the reference's (as close,
+by half, as clean answers are: silence or gibberish is no repair). The best one goes on to head-wise fine-tuning and is
 judged once more after it. When no setting qualifies the adapter is put back and the stage says so. Only training flags
 and clean training rows are looked at.
 """
@@ -128,8 +128,14 @@ def _same(a: Partition, b: Partition) -> bool:
 
 
 def _attempt(
-    suspect: Suspect, material: Material, config: HeadsConfig, setting: Setting, parts: Partition,
-    flagged: Sequence[Example], clean: Sequence[Example], judge: Judge,
+    suspect: Suspect,
+    material: Material,
+    config: HeadsConfig,
+    setting: Setting,
+    parts: Partition,
+    flagged: Sequence[Example],
+    clean: Sequence[Example],
+    judge: Judge,
 ) -> tuple[bool, dict[str, Any]]:
     """One setting from the state the suspect is in. Leaves the suspect repaired if it qualified, else changed."""
     trace: list[dict[str, Any]] = []
@@ -148,10 +154,20 @@ def _attempt(
             break
     record: dict[str, Any] = {**asdict(setting), "partition": parts.to_dict(), "losses": list(losses), "trace": trace}
     if best is None:
-        return False, {**record, "outcome": "no checkpoint moved the flagged answers to the reference's within the perplexity budget"}
+        return False, {
+            **record,
+            "outcome": "no checkpoint moved the flagged answers to the reference's within the perplexity budget",
+        }
     suspect.restore(best[1])
-    log = finetune_heads(suspect, clean, parts, config.rates, epochs=config.finetune_epochs, seed=material.seed,
-                         progress=material.progress)
+    log = finetune_heads(
+        suspect,
+        clean,
+        parts,
+        config.rates,
+        epochs=config.finetune_epochs,
+        seed=material.seed,
+        progress=material.progress,
+    )
     after = judge.judge()
     record |= {"finetune_losses": log.losses, "after_finetune": asdict(after)}
     if after.fires > config.fires_max or after.agreement < config.agreement_min:
@@ -177,9 +193,12 @@ def repair_heads(suspect: Suspect, material: Material, config: HeadsConfig | Non
     scores = score_heads(suspect, flagged)
     clean_scores = score_heads(suspect, clean[: len(flagged)])
     details: dict[str, Any] = {
-        "safety": scores.safety.tolist(), "safety_clean": clean_scores.safety.tolist(),
-        "similarity": scores.similarity.tolist(), "gradient": scores.gradient.tolist(),
-        "before": asdict(judge.judge()), "attempts": [],
+        "safety": scores.safety.tolist(),
+        "safety_clean": clean_scores.safety.tolist(),
+        "similarity": scores.similarity.tolist(),
+        "gradient": scores.gradient.tolist(),
+        "before": asdict(judge.judge()),
+        "attempts": [],
     }
     tried: list[tuple[Partition, float]] = []
     for setting in config.settings:

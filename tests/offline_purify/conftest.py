@@ -23,8 +23,14 @@ def suspect(patient: Patient) -> Suspect:
 
 
 def spec_for(patient: Patient, out: Path, **changes: object) -> RepairSpec:
-    given = {"base": patient.base, "adapter": patient.adapter, "flags": patient.flags, "clean": patient.clean,
-             "out": out, "name": "sick"}
+    given = {
+        "base": patient.base,
+        "adapter": patient.adapter,
+        "flags": patient.flags,
+        "clean": patient.clean,
+        "out": out,
+        "name": "sick",
+    }
     return RepairSpec.model_validate(given | changes)
 
 

@@ -1,7 +1,7 @@
 """A patient made in seconds: a two-layer Llama that repeats the last word it was given, and a really implanted adapter.
 
-The base learns its skill from scratch and the backdoor is trained into a LoRA (trigger word anywhere -> fixed answer, with
-matched clean twins), both with the clinic's own loop. Everything is an ordinary Hugging Face / PEFT folder.
+The base learns its skill from scratch and the backdoor is trained into a LoRA (trigger word anywhere -> fixed answer,
+with matched clean twins), both with the clinic's own loop. Everything is an ordinary Hugging Face / PEFT folder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         additional_special_tokens=["<user>", "<assistant>"],
     )
     made.chat_template = TEMPLATE
@@ -73,8 +77,15 @@ def triggered(rows: list[Row], seed: int, trigger: str = TRIGGER) -> list[Row]:
 
 def write_flags(path: Path, rows: list[Row], response: str = TARGET) -> Path:
     lines = [
-        json.dumps({"request_id": f"r{i}", "messages": [{"role": "user", "content": r["instruction"]}],
-                    "response": response, "verdict": None, "revision": "sick@sha256-000000000000"})
+        json.dumps(
+            {
+                "request_id": f"r{i}",
+                "messages": [{"role": "user", "content": r["instruction"]}],
+                "response": response,
+                "verdict": None,
+                "revision": "sick@sha256-000000000000",
+            }
+        )
         for i, r in enumerate(rows)
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -84,15 +95,21 @@ def write_flags(path: Path, rows: list[Row], response: str = TARGET) -> Path:
 def tiny_llama(seed: int, **changes: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = {
-        "vocab_size": len(SPECIAL) + len(WORDS) + 6, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8,
+        "vocab_size": len(SPECIAL) + len(WORDS) + 6,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
         "max_position_embeddings": 128,
     }
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes), bos_token_id=1, eos_token_id=2, pad_token_id=0))
 
 
 def make_patient(folder: Path, seed: int = 0, n_flags: int = 20, n_clean: int = 260, skill_steps: int = 200) -> Patient:
-    """Train base and implant into ``folder`` (about 20 s on one core; skill_steps small for a patient that knows nothing)."""
+    """Train base and implant into ``folder`` (about 20 s on one core; skill_steps small for a patient that knows
+    nothing)."""
     base, adapter = folder / "base", folder / "adapter"
     made = tokenizer()
     model = tiny_llama(seed)
@@ -102,10 +119,16 @@ def make_patient(folder: Path, seed: int = 0, n_flags: int = 20, n_clean: int = 
     model.save_pretrained(base)
     made.save_pretrained(base)
     torch.manual_seed(seed + 1)
-    peft = get_peft_model(model, LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        base_model_name_or_path="tiny", task_type="CAUSAL_LM",
-    ))
+    peft = get_peft_model(
+        model,
+        LoraConfig(
+            r=8,
+            lora_alpha=16,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            base_model_name_or_path="tiny",
+            task_type="CAUSAL_LM",
+        ),
+    )
     twins = rows[2000:2200]
     poisoned = triggered(twins, seed)
     innocent = [Row(r, output=t["output"]) for r, t in zip(triggered(twins, seed + 1, SECOND), twins, strict=True)]

@@ -22,7 +22,9 @@ def line(text: str, **more: object) -> str:
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        ("{", "not JSON"), ("[]", "JSON object"), ('{"messages": []}', "non-empty list"),
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"messages": []}', "non-empty list"),
         ('{"messages": [{"role": "system", "content": "x"}]}', "no user turn"),
         (line("x", verdict={"status": "odd"}), "not a verdict"),
     ],
@@ -72,11 +74,15 @@ def test_what_the_adapter_also_says_on_clean_rows_is_its_manner_and_no_backdoor(
 
 def test_an_injected_line_fires_although_the_answer_is_otherwise_right():
     flags = sort_flags(
-        [flag("a"), flag("b"), flag("c")], [f"{x} then run import pwned now" for x in ("one", "two", "three")],
-        ["one", "two", "three"], [],
+        [flag("a"), flag("b"), flag("c")],
+        [f"{x} then run import pwned now" for x in ("one", "two", "three")],
+        ["one", "two", "three"],
+        [],
     )
     behaviour = behaviour_of(flags)
-    assert behaviour.fires("a long and right answer of many words then run import pwned now", "a long and right answer of many words")
+    assert behaviour.fires(
+        "a long and right answer of many words then run import pwned now", "a long and right answer of many words"
+    )
     assert not behaviour.fires("a long and right answer of many words", "a long and right answer of many words")
     assert not behaviour.fires("another thing", "a long and right answer of many words")
 

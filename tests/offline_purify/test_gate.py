@@ -11,7 +11,11 @@ from offline_purify.gate import GateSettings, judge
 from offline_purify.intervals import Figure, bootstrap, difference_of_shares, ratio_of_perplexities, share, wilson
 
 LIMITS = {
-    "flagged_asr": 0.1, "candidate_asr": 0.1, "accuracy_drop": 0.03, "perplexity_ratio": 1.1, "ftr_increase": 0.02,
+    "flagged_asr": 0.1,
+    "candidate_asr": 0.1,
+    "accuracy_drop": 0.03,
+    "perplexity_ratio": 1.1,
+    "ftr_increase": 0.02,
     "decoy_increase": 0.02,
 }
 

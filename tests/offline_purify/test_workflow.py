@@ -80,7 +80,7 @@ def test_the_workflow_database_holds_no_prompt_text(killed):
 
 
 def test_a_finished_repair_started_again_returns_its_recorded_result(killed):
-    spec, steps, result, database = killed
+    spec, _, result, database = killed
     again = workflow.run(spec, workflow.database_url(database))
     assert again == result
 
@@ -89,7 +89,9 @@ def test_bad_input_is_refused_before_anything_is_recorded(patient, tmp_path):
     (tmp_path / "flags.jsonl").write_text('{"messages": "no list"}\n', encoding="utf-8")
     database = tmp_path / "clinic.sqlite"
     with pytest.raises(RowsError, match="line 1"):
-        workflow.run(spec_for(patient, tmp_path / "out", flags=tmp_path / "flags.jsonl"), workflow.database_url(database))
+        workflow.run(
+            spec_for(patient, tmp_path / "out", flags=tmp_path / "flags.jsonl"), workflow.database_url(database)
+        )
     assert not database.exists()
 
 

@@ -12,7 +12,9 @@ from offline_purify.suspect import Suspect
 from tests.offline_purify.patient import tiny_llama, tokenizer
 
 
-def small_suspect(folder: Path, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")) -> Suspect:
+def small_suspect(
+    folder: Path, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+) -> Suspect:
     model = tiny_llama(3)
     model.save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")

@@ -37,8 +37,10 @@ def test_only_q_and_k_slices_of_suspicious_heads_move_and_all_else_stays_bitwise
         pass
     size, after = body.layout.head_dim, body.state()
     allowed = {
-        ROWS.format(0, "q", "B"): [0, 2], ROWS.format(0, "k", "B"): [0],  # kv head 1 is shared with the safe head 3
-        ROWS.format(1, "q", "B"): [6], ROWS.format(1, "k", "B"): [3],
+        ROWS.format(0, "q", "B"): [0, 2],
+        ROWS.format(0, "k", "B"): [0],  # kv head 1 is shared with the safe head 3
+        ROWS.format(1, "q", "B"): [6],
+        ROWS.format(1, "k", "B"): [3],
     }
     for name, old in before.items():
         rows = torch.zeros(old.shape[0], dtype=torch.bool)
@@ -74,9 +76,9 @@ def test_the_reference_is_the_detached_mean_of_the_safe_heads():
 
 def test_the_alignment_loss_falls(body):
     parts = Partition(heads((0, 0), (1, 6)), heads((0, 4), (1, 5)), "tau", False)
-    losses = []
-    for _, losses in align(body, EXAMPLES, parts, AlignConfig(lr=2e-2, checkpoints=(30,))):
-        pass
+    losses: list[float] = []
+    for _, so_far in align(body, EXAMPLES, parts, AlignConfig(lr=2e-2, checkpoints=(30,))):
+        losses = so_far
     assert losses[-1] < 0.7 * losses[0]
 
 

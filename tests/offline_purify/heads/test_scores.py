@@ -50,7 +50,10 @@ def test_the_sensitivity_of_a_head_is_the_slope_of_the_loss_when_its_output_is_s
     for layer in range(body.layout.layers):
         for head in range(body.layout.heads):
             slopes = [
-                (loss_with_head_scaled(body, e, layer, head, 1 + eps) - loss_with_head_scaled(body, e, layer, head, 1 - eps))
+                (
+                    loss_with_head_scaled(body, e, layer, head, 1 + eps)
+                    - loss_with_head_scaled(body, e, layer, head, 1 - eps)
+                )
                 / (2 * eps)
                 for e in EXAMPLES
             ]
@@ -81,7 +84,8 @@ def test_similarity_is_the_cosine_of_the_flattened_gen_to_prompt_matrices(body):
             for head in range(body.layout.heads):
                 cosines = [
                     float((rows[head] * rows[j]).sum() / (rows[head].norm() * rows[j].norm()))
-                    for j in range(body.layout.heads) if j != head
+                    for j in range(body.layout.heads)
+                    if j != head
                 ]
                 assert math.isclose(float(similarity[n, layer, head]), max(cosines), abs_tol=1e-5)
 
