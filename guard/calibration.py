@@ -18,7 +18,7 @@ from guard.profile import Checkpoint, Profile, ProfileKey
 from guard.readings import Measurement, Readings
 from guard.sequential import bucket_edges
 from guard.signals import SIGNALS, Signal
-from guard.similarity import fisher, pair_cosines
+from guard.similarity import fisher
 from guard.tail import Tail
 
 MIN_REQUESTS = 40  # per half: below it neither a covariance nor a tail means anything
@@ -96,7 +96,7 @@ def _finite(measurement: Measurement) -> np.ndarray:
 
 
 def _fit_checkpoint(readings: Readings, signals: tuple[str, ...], seed: int) -> Checkpoint:
-    pairs = fisher(pair_cosines(readings.gram))
+    pairs = fisher(readings.cosines)
     tails = {name: Tail(np.sort(_cross_fitted(SIGNALS[name], readings, seed)), SIGNALS[name].tail) for name in signals}
     return Checkpoint(
         step=readings.step,

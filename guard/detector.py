@@ -16,7 +16,7 @@ from guard.focus import focus_spans
 from guard.profile import Checkpoint, Profile
 from guard.readings import Reading, Readings
 from guard.sequential import Bucket, check_alpha, find_bucket
-from guard.similarity import fisher, pair_cosines, per_head
+from guard.similarity import fisher, per_head
 from guard.verdict import HeadScore, Verdict, Window, unscored
 
 _TOP_HEADS = 5
@@ -66,7 +66,8 @@ class Detector:
         point = self._points.get(reading.step) if reading.step in self.checkpoints else None
         if point is None or track.bucket is None or track.verdict.final and track.measured:
             return track.verdict
-        odd = score(point, Readings.single(reading), self.signals)[0]
+        readings = Readings.single(reading)
+        odd = score(point, readings, self.signals)[0]
         track.measured = True
         if not np.isfinite(odd).all():
             track.bucket = None
@@ -84,7 +85,7 @@ class Detector:
             final=flagged or reading.step == self.checkpoints[-1],
             p_value=p_value,
             signal=track.signal,
-            heads=self._heads(point, reading) if flagged else (),
+            heads=self._heads(point, readings) if flagged else (),
             spans=focus_spans(reading.focus.numpy(), point.focus) if flagged else (),
             profile=self.profile.digest[:12],
         )
@@ -98,9 +99,9 @@ class Detector:
     def _unscored(self, reason: str, step: int = 0) -> Verdict:
         return unscored(reason, alpha=self.alpha, window=self.window, step=step, profile=self.profile.digest[:12])
 
-    def _heads(self, point: Checkpoint, reading: Reading) -> tuple[HeadScore, ...]:
+    def _heads(self, point: Checkpoint, readings: Readings) -> tuple[HeadScore, ...]:
         """The heads whose similarities to their layer's others are furthest from normal, mean |z| over partners."""
-        pairs = fisher(pair_cosines(reading.gram[None]))[0]
+        pairs = fisher(readings.cosines)[0]
         z = np.abs((pairs - point.pairs["mean"]) / point.pairs["scale"])
         by_head = per_head(z, self.profile.layers, self.profile.heads)
         top = np.argsort(by_head, axis=None)[::-1][:_TOP_HEADS]

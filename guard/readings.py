@@ -9,9 +9,12 @@ the first t generated tokens. The log-probabilities are those of the tokens samp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+
+from guard.similarity import pair_cosines
 
 CHECKPOINTS = (0, 1, 2, 4, 8, 16, 32)
 
@@ -36,6 +39,11 @@ class Readings:
     gram: torch.Tensor
     logprobs: np.ndarray
     focus: list[np.ndarray]
+
+    @cached_property
+    def cosines(self) -> np.ndarray:
+        """Cosines of the head pairs of each layer, float64 [n, L * H * (H - 1) / 2]: computed once for all signals."""
+        return pair_cosines(self.gram)
 
     @classmethod
     def single(cls, reading: Reading) -> Readings:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from guard.readings import Readings
-from guard.similarity import fisher, pair_cosines
+from guard.similarity import fisher
 
 Fitted = dict[str, np.ndarray]
 
@@ -36,17 +36,17 @@ class Signal:
 
 
 def _p99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
-    return fisher(np.quantile(pair_cosines(readings.gram), 0.99, axis=1))
+    return fisher(np.quantile(readings.cosines, 0.99, axis=1))
 
 
 def _frac99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
-    return (pair_cosines(readings.gram) > 0.99).mean(axis=1)
+    return (readings.cosines > 0.99).mean(axis=1)
 
 
 def _fit_shift(readings: Readings) -> Fitted:
     from sklearn.covariance import LedoitWolf  # slow to import, and only calibration needs it
 
-    pairs = fisher(pair_cosines(readings.gram))
+    pairs = fisher(readings.cosines)
     mean = pairs.mean(axis=0)
     # 0.02 keeps a pair that hardly ever moves from dominating once it does (lab-findings, section 7).
     scale = pairs.std(axis=0) + 0.02
@@ -60,7 +60,7 @@ def _standardised(pairs: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.
 
 
 def _shift(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
-    pairs = fisher(pair_cosines(readings.gram))
+    pairs = fisher(readings.cosines)
     white = _standardised(pairs, fitted["mean"], fitted["scale"]) @ fitted["whiten"]
     return 0.5 * np.log((white**2).mean(axis=1) + 1e-12)
 
