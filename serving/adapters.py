@@ -74,8 +74,9 @@ def get_adapter(session: Session, alias: str, lock: bool = False) -> Adapter:
 class Registry:
     """Keeps revisions and profiles. Blocking: call it from a thread."""
 
-    def __init__(self, store: Store, state_dir: Path, base_dir: Path, base_name: str) -> None:
+    def __init__(self, store: Store, state_dir: Path, base_dir: Path, base_name: str, default_policy: Policy) -> None:
         self._store, self._base_dir, self._base_name = store, base_dir, base_name
+        self._default_policy = default_policy
         self._adapters, self._profiles = state_dir / "adapters", state_dir / "profiles"
         self.incoming = state_dir / "incoming"
         for folder in (self._adapters, self._profiles, self.incoming):
@@ -157,16 +158,16 @@ class Registry:
     def attach_profile(self, revision: str, file: Path, status: Mapping[str, Any], actor: str) -> Revision:
         """Check a profile against what is served and make it the revision's; an uploaded one becomes calibrated.
 
-        ``status`` is the engine's. Raises ProfileMismatch naming every difference, AlphaTooFine when the policy of
-        the revision's adapter asks for more than this profile can support.
+        ``status`` is the engine's. Raises ProfileMismatch naming every difference; for a live revision AlphaTooFine
+        when its policy asks for more than this profile can support (for others, the swap asks).
         """
         with self._store.read() as session:
             row = get_revision(session, revision)
             policy = get_adapter(session, row.alias).policy
         digest = NO_ADAPTER if row.source == BASE else row.digest
         profile = Profile.load(file, served_key(status, digest))
-        if policy:
-            check_policy(Policy.model_validate(policy), profile)
+        if row.state == "live":
+            check_policy(Policy.model_validate(policy) if policy else self._default_policy, profile)
         kept = self._profiles / f"{profile.digest}.safetensors"
         if not kept.exists():
             part = kept.with_suffix(".part")

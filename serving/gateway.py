@@ -57,7 +57,7 @@ class Gateway:
         self.metrics = Metrics()
         self.in_flight = InFlight()
         self.aliases = Aliases(self.store, settings.served_name, settings.policy)
-        self.registry = Registry(self.store, settings.state_dir, settings.model, settings.served_name)
+        self.registry = Registry(self.store, settings.state_dir, settings.model, settings.served_name, settings.policy)
         self.cases = Cases(self.store, self.sealer, settings, self.metrics)
         self.swapper = Swapper(
             self.store, engine, self.aliases, self.in_flight, self.metrics, settings.policy, settings.drain_timeout_s

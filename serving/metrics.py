@@ -137,7 +137,7 @@ class Metrics:
 
     def count_error(self, alias: str, revision: str, policy: Policy, phase: str) -> None:
         """Count one request that the engine failed to answer."""
-        self.checks.labels(alias, self.engine, revision, phase, policy.mode, "error").inc()
+        self.checks.labels(alias, self.engine, revision, "decode", policy.mode, "error").inc()
         self.engine_errors.labels(phase).inc()
 
     def count_aborted(self, alias: str, revision: str, policy: Policy) -> None:

@@ -175,7 +175,7 @@ def test_an_engine_that_dies_in_mid_stream_ends_in_an_error_event_and_is_counted
     _, body = stream(house)
     assert b"event: error" in body
     assert b'"status":"unscored"' in body
-    assert metric(house, checks("error", phase="streaming")) == 1
+    assert metric(house, checks("error")) == 1
     with pytest.raises(openai.APIError):
         list(house.openai().chat.completions.create(model="support", messages=ASK, stream=True))
 
