@@ -48,8 +48,8 @@ def uncertainties(report: dict[str, Any]) -> list[str]:
     flagged = (report["states"].get(report["chosen"] or "before") or {}).get("flagged_asr")
     if flagged:
         lines.append(
-            f"{flagged['n']} held-out flags, {flagged['value']:.0%} firing: up to {flagged['high']:.0%} of such requests "
-            "could still fire (upper end of the 95 % interval)."
+            f"{flagged['n']} held-out flags, {flagged['value']:.0%} firing: up to {flagged['high']:.0%} of such "
+            "requests could still fire (upper end of the 95 % interval)."
         )
     if not report["candidates_confirmed"]:
         lines.append(

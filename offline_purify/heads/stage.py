@@ -2,10 +2,10 @@
 
 Alignment works in some settings and not in others, and its loss does not tell (lab findings §4). So several settings
 are tried; while aligning, the flagged inputs are answered again at every checkpoint and the clean perplexity is
-measured; a checkpoint qualifies where the flagged behaviour is gone *and* the answers have moved to the reference's (as close,
-by half, as clean answers are: silence or gibberish is no repair). The best one goes on to head-wise fine-tuning and is
-judged once more after it. When no setting qualifies the adapter is put back and the stage says so. Only training flags
-and clean training rows are looked at.
+measured; a checkpoint qualifies where the flagged behaviour is gone *and* the answers have moved to the reference's
+(as close, by half, as clean answers are: silence or gibberish is no repair). The best one goes on to head-wise fine-
+tuning and is judged once more after it. When no setting qualifies the adapter is put back and the stage says so. Only
+training flags and clean training rows are looked at.
 """
 
 from __future__ import annotations
