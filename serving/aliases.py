@@ -76,20 +76,26 @@ class Aliases:
 
 
 class InFlight:
-    """Requests being answered, counted per revision. Belongs to one event loop."""
+    """Requests being answered (``requests`` altogether), counted per revision. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self.requests = 0
         self._changed = asyncio.Condition()
         self._notices: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def hold(self, revision: str) -> Iterator[None]:
-        """Count one request of ``revision`` for as long as the block runs."""
+    def hold(self, revision: str, standby: bool = False) -> Iterator[None]:
+        """Count one request of ``revision`` for as long as the block runs.
+
+        ``standby`` keeps the revision from being unloaded because it may have to answer, without being a request.
+        """
         self._counts[revision] += 1
+        self.requests += not standby
         try:
             yield
         finally:
+            self.requests -= not standby
             self._counts[revision] -= 1
             if not self._counts[revision]:
                 del self._counts[revision]
@@ -101,9 +107,9 @@ class InFlight:
         async with self._changed:
             self._changed.notify_all()
 
-    def count(self, revision: str | None = None) -> int:
-        """Requests in flight, of one revision or altogether."""
-        return self._counts.total() if revision is None else self._counts[revision]
+    def count(self, revision: str) -> int:
+        """Requests in flight that need ``revision`` loaded."""
+        return self._counts[revision]
 
     async def drained(self, revision: str, timeout_s: float) -> bool:
         """Wait until no request of ``revision`` is in flight; False when some still are after ``timeout_s``."""

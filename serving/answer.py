@@ -176,7 +176,7 @@ class Answers:
         """Answer in one piece. Raises EngineError (the engine's own 4xx) or Unavailable."""
         first = Leg(ask.route.revision, ask.route.policy)
         second = self._target(ask, first.policy)
-        with self._in_flight.hold(second.revision):  # it must not be unloaded before it may have to answer
+        with self._in_flight.hold(second.revision, standby=True):  # whoever may have to answer stays loaded
             body, verdict, decision = await self._complete(ask, first)
             if decision.action != "reroute":
                 guard = self._guard(ask, first, verdict, decision)
@@ -239,7 +239,8 @@ class _Attempt:
         self._stack = ExitStack()
         self._stack.enter_context(answers._in_flight.hold(leg.revision))
         if leg.policy.mode == "reroute":  # whoever may have to answer instead must not be unloaded meanwhile
-            self._stack.enter_context(answers._in_flight.hold(answers._target(ask, leg.policy).revision))
+            standby = answers._target(ask, leg.policy).revision
+            self._stack.enter_context(answers._in_flight.hold(standby, standby=True))
         body = answers._body(ask, leg, stream=True)
         self._events = cast(AsyncGenerator[Event, None], answers._engine.stream(PATHS[ask.kind], body))
         usage = bool((ask.body.get("stream_options") or {}).get("include_usage"))

@@ -145,7 +145,7 @@ async def _answer(request: Request, kind: Literal["chat", "text"], caller: Calle
     body = await _read(request)
     _refuse_guard_fields(request, body)
     _check(kind, body)
-    if gateway.in_flight.count() >= gateway.settings.max_concurrent_requests:
+    if gateway.in_flight.requests >= gateway.settings.max_concurrent_requests:
         raise Busy("too many requests at once; try again shortly.")
     ask = Ask(f"req-{uuid4().hex}", kind, body, gateway.aliases.route(body["model"]), caller.key_id)
     try:

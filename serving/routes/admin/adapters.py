@@ -57,7 +57,7 @@ async def status(request: Request, caller: Caller = Depends(needs("viewer"))) ->
         engine = {"error": str(error)}
     routes = [{"alias": r.alias, "revision": r.revision} for r in gateway.aliases.routes()]
     reasons = await readiness(gateway.store, gateway.engine)
-    return {"engine": engine, "routes": routes, "in_flight": gateway.in_flight.count(), "not_ready": reasons}
+    return {"engine": engine, "routes": routes, "in_flight": gateway.in_flight.requests, "not_ready": reasons}
 
 
 @router.get("/adapters")
