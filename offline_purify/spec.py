@@ -57,6 +57,11 @@ class RepairSpec(BaseModel):
     most_clean_evaluation: int = Field(default=200, ge=1)
     most_calibration: int = Field(default=400, ge=1)
 
+    @field_validator("base", "adapter", "flags", "clean", "out", "reference")
+    @classmethod
+    def _absolute(cls, path: Path | str) -> Path | str:
+        return path.absolute() if isinstance(path, Path) else path  # a resumed repair may run in another folder
+
     @field_validator("stages")
     @classmethod
     def _known_stages(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
