@@ -45,7 +45,7 @@ def test_a_case_of_thirty_flags_repairs_the_lab_implant_and_keeps_its_skill(tmp_
             out=tmp_path / "out",
             name="lab",
             controls=False,
-        )  # fmt: skip
+        )
     )
     assert result.status == "offered", result.reasons
     unseen = sample(200, 5, "evaluation")
