@@ -79,10 +79,15 @@ class InFlight:
     """Requests being answered (``requests`` altogether), counted per revision. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self.requests = 0
+        self._answering: Counter[str] = Counter()
+        self._standing_by: Counter[str] = Counter()
         self._changed = asyncio.Condition()
         self._notices: set[asyncio.Task[None]] = set()
+
+    @property
+    def requests(self) -> int:
+        """Requests being answered by any revision."""
+        return self._answering.total()
 
     @contextmanager
     def hold(self, revision: str, standby: bool = False) -> Iterator[None]:
@@ -90,15 +95,14 @@ class InFlight:
 
         ``standby`` keeps the revision from being unloaded because it may have to answer, without being a request.
         """
-        self._counts[revision] += 1
-        self.requests += not standby
+        counts = self._standing_by if standby else self._answering
+        counts[revision] += 1
         try:
             yield
         finally:
-            self.requests -= not standby
-            self._counts[revision] -= 1
-            if not self._counts[revision]:
-                del self._counts[revision]
+            counts[revision] -= 1
+            if not counts[revision]:
+                del counts[revision]
                 notice = asyncio.get_running_loop().create_task(self._notify())
                 self._notices.add(notice)
                 notice.add_done_callback(self._notices.discard)
@@ -108,14 +112,21 @@ class InFlight:
             self._changed.notify_all()
 
     def count(self, revision: str) -> int:
-        """Requests in flight that need ``revision`` loaded."""
-        return self._counts[revision]
+        """Requests that ``revision`` is answering."""
+        return self._answering[revision]
 
-    async def drained(self, revision: str, timeout_s: float) -> bool:
-        """Wait until no request of ``revision`` is in flight; False when some still are after ``timeout_s``."""
+    async def drained(self, revision: str, timeout_s: float, standby: bool = False) -> bool:
+        """Wait until ``revision`` answers no request (and, with ``standby``, none may need it).
+
+        False when some still do after ``timeout_s``.
+        """
+
+        def idle() -> bool:
+            return not self._answering[revision] and not (standby and self._standing_by[revision])
+
         try:
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: not self._counts[revision])
+                await self._changed.wait_for(idle)
         except TimeoutError:
             return False
         return True

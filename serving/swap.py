@@ -191,7 +191,7 @@ class Swapper:
         return replaced, unused
 
     async def _unload(self, revision: str) -> bool:
-        if not await self._in_flight.drained(revision, self._drain_timeout_s):
+        if not await self._in_flight.drained(revision, self._drain_timeout_s, standby=True):
             return False
         try:
             await self._engine.unload(revision)
