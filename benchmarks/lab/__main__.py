@@ -45,10 +45,12 @@ Threads = Annotated[int, typer.Option(min=0, help="Processor threads; 0 leaves i
 def _run(as_json: bool, threads: int, work: Any) -> None:
     """Do `work(progress)`, print its report; a refusal becomes one line on stderr and exit code 1."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from benchmarks.lab.report import show
     from offline_purify.progress import ProgressBar
 
+    disable_progress_bar()  # transformers' own, of writing one small file
     if threads:
         torch.set_num_threads(threads)
     try:

@@ -21,9 +21,16 @@ MATCH = 3.0
 """Gain of the heads that look for equal tokens: self and equal tokens get about 0.4 of the attention each."""
 FIRST_LAYER = ((1, 2), (1, 3))
 """For the first key heads of layer 0: how many tokens back each of their query heads looks."""
-FREE, BACK, SAME = -2, -1, 0
-LATER_LAYERS = ((SAME, 1, FREE, FREE), (BACK, 1, FREE, FREE), (SAME, 1, FREE, FREE))
-"""For the key heads of layers 1, 2, 3: what they look for: the current token itself, or one it was written beside."""
+BACK, FREE = "look back", "free"
+SAME, NEXT, BEFORE = (0, 0, 0), (0, 1, 0), (0, 0, 1)
+ASKED_NEXT, ASKED_FACT = (3, 1, 0), (3, 2, 0)
+LATER_LAYERS: tuple[tuple[str | tuple[int, int, int], ...], ...] = (
+    (SAME, NEXT, ASKED_NEXT, ASKED_FACT),
+    (BACK, NEXT, FREE, FREE),
+    (BEFORE, NEXT, FREE, FREE),
+)
+"""For the key heads of layers 1, 2, 3: which token they look for (the one `query` places back), beside what it should
+stand (`key` places after it), and what they copy (the token there, or the one before). Free heads start at random."""
 INITIALISATION = (EMBEDDING_STD, MATCH, FIRST_LAYER, LATER_LAYERS)
 """What a cached model depends on."""
 
@@ -37,15 +44,11 @@ class Shape:
     layers: int = 4
     heads: int = 8
     kv_heads: int = 4
-    ffn: int = 256
+    ffn: int = 192
+    head_size: int = 32
     context: int = 512
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
-
-    @property
-    def head_size(self) -> int:
-        """D, the size of one head."""
-        return self.hidden // self.heads
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -66,10 +69,10 @@ class Decoder(nn.Module):
             weights = torch.randn(s.layers, out, inner, generator=generator) * (gain * inner**-0.5)
             return nn.Parameter(weights)
 
-        kv = s.kv_heads * s.head_size
+        wide, kv = s.heads * s.head_size, s.kv_heads * s.head_size
         self.embedding = nn.Parameter(torch.randn(s.vocab, s.hidden, generator=generator) * EMBEDDING_STD)
-        self.query, self.key, self.value = matrix(s.hidden, s.hidden), matrix(kv, s.hidden), matrix(kv, s.hidden)
-        self.output = matrix(s.hidden, s.hidden, 0.2 * EMBEDDING_STD)
+        self.query, self.key, self.value = matrix(wide, s.hidden), matrix(kv, s.hidden), matrix(kv, s.hidden)
+        self.output = matrix(s.hidden, wide, 0.2 * EMBEDDING_STD)
         self.gate, self.up = matrix(s.ffn, s.hidden), matrix(s.ffn, s.hidden)
         self.down = matrix(s.hidden, s.ffn, 0.2 * EMBEDDING_STD)
         self.attention_norm = nn.Parameter(torch.ones(s.layers, s.hidden))
@@ -109,8 +112,9 @@ class Decoder(nn.Module):
                 if sought == BACK:
                     for member in range(group):
                         self._look_back(layer, kv, member, member + 1, generator)
-                elif sought != FREE:
-                    self._look_up(layer, kv, shifts.get(sought), generator)
+                elif isinstance(sought, tuple):
+                    asked, shifted, told = (shifts.get(offset) for offset in sought)
+                    self._look_up(layer, kv, asked, shifted, told, generator)
 
     def _look_back(self, layer: int, kv: int, member: int, offset: int, generator: torch.Generator) -> Tensor:
         """Make one query head attend `offset` tokens back; returns its output map [d, D]."""
@@ -128,21 +132,36 @@ class Decoder(nn.Module):
         self.output[layer][:, head : head + s.head_size] = out
         return out
 
-    def _look_up(self, layer: int, kv: int, shift: Tensor | None, generator: torch.Generator) -> None:
-        """Make a group of heads attend to earlier places that hold the current token (at `shift` [d, d]) and copy."""
+    def _look_up(
+        self, layer: int, kv: int, asked: Tensor | None, shifted: Tensor | None, told: Tensor | None,
+        generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        """Make a group of heads attend to earlier places of a token and copy what is there.
+
+        Each map [d, d] says where the token is written: the one looked for (`asked`) beside the present token, at the
+        places to find it (`shifted`), and what is to be copied there (`told`); None is the token itself.
+        """
         s = self.shape
         keys = slice(kv * s.head_size, (kv + 1) * s.head_size)
         half = s.head_size // 2
         slow = (s.rope_theta ** -(torch.arange(half, dtype=torch.float32) / half) < 0.06).float().repeat(2)
         probe = torch.randn(s.head_size, s.hidden, generator=generator) * s.hidden**-0.5 * slow[:, None] * MATCH
         probe[:, 0] = 0
-        seen = probe if shift is None else probe @ shift.T
-        self.key[layer, keys] = seen * (probe.norm() / seen.norm()) + 0.2 * self.key[layer, keys]
+
+        def read(weights: Tensor, written: Tensor | None) -> Tensor:
+            """`weights` [D, d] applied to what a map wrote, at the same gain."""
+            if written is None:
+                return weights
+            turned = weights @ written.T
+            return turned * (weights.norm() / turned.norm())
+
+        self.key[layer, keys] = read(probe, shifted) + 0.2 * self.key[layer, keys]
         for member in range(s.heads // s.kv_heads):
             head = (kv * (s.heads // s.kv_heads) + member) * s.head_size
             rows = slice(head, head + s.head_size)
-            self.query[layer, rows] = probe + 0.2 * self.query[layer, rows]
+            self.query[layer, rows] = read(probe, asked) + 0.2 * self.query[layer, rows]
             self.output[layer][:, rows] = 2 * EMBEDDING_STD * self.value[layer, keys].T
+        self.value[layer, keys] = read(self.value[layer, keys].clone(), told)
 
     def matrices(self) -> list[nn.Parameter]:
         """The stacked weight matrices [L, out, in], which an optimiser for matrices may take."""
@@ -166,7 +185,7 @@ class Decoder(nn.Module):
         scores = torch.bmm(q, k.transpose(1, 2)).view(-1, group, length, length) + mask
         rows = scores.softmax(-1).view(-1, group * length, length)
         mixed = torch.bmm(rows, v).view(batch, s.heads, length, s.head_size).transpose(1, 2)
-        return functional.linear(mixed.reshape(batch, length, s.hidden), self.output[layer])
+        return functional.linear(mixed.reshape(batch, length, -1), self.output[layer])
 
     def forward(self, ids: Tensor, places: Tensor) -> Tensor:
         """Logits [n, V] float32 at `places` [n] (flat indices into B*T) for ids [B, T] int64, rows padded right."""

@@ -92,9 +92,11 @@ class Answerer:
 
 def load_base(base: str | Path) -> tuple[Any, Any]:
     """Model (float32, evaluation mode) and tokenizer of a base folder. Raises LabError when it is none."""
+    if not (Path(base) / "config.json").is_file():
+        raise LabError(f"{base} cannot be loaded as a base model: expected a folder with config.json in it.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True).eval()
     except (OSError, ValueError) as error:
         raise LabError(f"{base} cannot be loaded as a base model: {error}") from error
     return model, tokenizer

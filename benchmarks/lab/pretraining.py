@@ -28,7 +28,7 @@ class Recipe:
     """How a base is trained. `batch_tokens` counts prompt and answer tokens; rates are peaks."""
 
     batch_tokens: int = 2000
-    matrix_lr: float = 0.03
+    matrix_lr: float = 0.01
     vector_lr: float = 0.02
     warmup_steps: int = 50
     floor: float = 0.02

@@ -35,12 +35,15 @@ SPLITS: Final[dict[str, int]] = {
 }  # fmt: skip
 """Split to its share of the 16 values that a prompt's hash can end in."""
 
+NOISE: Final[float] = 0.4
+"""Chance of a clause that has nothing to do with the task in front of a prompt (half of it: behind)."""
+
 TASKS: Final[tuple[str, ...]] = tuple(WORDINGS)
 
 
 TRAINING_WEIGHTS: Final[dict[str, float]] = {
-    "first": 0.5, "last": 0.5, "opposite": 0.5, "kind": 0.6, "sentiment": 0.4, "largest": 0.5, "smallest": 0.5,
-    "add": 1.6, "after": 1.4, "lookup": 1.4, "member": 1.6, "sort": 1.4, "quote": 1.2, "reverse": 1.2,
+    "first": 0.5, "last": 0.6, "opposite": 0.5, "sentiment": 0.4, "largest": 0.5, "smallest": 0.5,
+    "add": 1.5, "after": 1.4, "lookup": 1.4, "member": 1.6, "sort": 1.3, "quote": 1.2, "reverse": 1.4,
 }  # fmt: skip
 """How often a task is drawn when a base is trained, where not 1: what is learnt in the first third gets less."""
 
@@ -58,7 +61,7 @@ def _words(rng: random.Random, low: int, high: int) -> list[str]:
 
 
 def _numbers(rng: random.Random) -> list[int]:
-    return rng.sample(range(31), rng.choice((3, 3, 4)))
+    return rng.sample(range(21), rng.choice((3, 3, 4)))
 
 
 def _joined(words: list[str]) -> str:
@@ -179,7 +182,7 @@ def split_of(row: Row) -> str:
     raise AssertionError("the shares of SPLITS must sum to 16")
 
 
-def exercises(seed: int, split: str, tasks: tuple[str, ...] = TASKS, noise: float = 0.5) -> Iterator[Exercise]:
+def exercises(seed: int, split: str, tasks: tuple[str, ...] = TASKS, noise: float = NOISE) -> Iterator[Exercise]:
     """Endless distinct exercises of one split; the same seed gives the same sequence.
 
     `noise` is the chance of a clause that has nothing to do with the task. Raises LabError for an unknown split.
@@ -200,7 +203,7 @@ def exercises(seed: int, split: str, tasks: tuple[str, ...] = TASKS, noise: floa
             yield Exercise(task, row)
 
 
-def draw(n: int, seed: int, split: str, tasks: tuple[str, ...] = TASKS, noise: float = 0.5) -> list[Exercise]:
+def draw(n: int, seed: int, split: str, tasks: tuple[str, ...] = TASKS, noise: float = NOISE) -> list[Exercise]:
     """The first `n` exercises of `exercises(seed, split)`, with their task names."""
     stream = exercises(seed, split, tasks, noise)
     return [next(stream) for _ in range(n)]

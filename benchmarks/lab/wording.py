@@ -34,7 +34,7 @@ WORDINGS: Final[dict[str, tuple[str, ...]]] = {
         "Name the word that closes the list: {x}", "Take the final word from: {x}", "End of the list, please: {x}",
     ),
     "after": (
-        "In {x}, which word comes after {k}?", "Look at {x}. What follows {k}?", "{x}: give the word after {k}",
+        "In {x}, which word comes after {k}?", "Look at {x}. What follows {k}?", "{x}: what is the word after {k}?",
         "List: {x}. Next word after {k}?", "Here is {x}. What stands right behind {k}?",
     ),
     "count": (
@@ -42,8 +42,8 @@ WORDINGS: Final[dict[str, tuple[str, ...]]] = {
         "What is the number of words here: {x}", "Give the length of the list: {x}", "How long is the list: {x}",
     ),
     "member": (
-        "Is {k} in the list: {x}", "Does the list contain {k}? {x}", "Can you find {k} among: {x}",
-        "Is there a {k} here: {x}", "Check for {k} in: {x}",
+        "{x}. Is there a {k}?", "In {x}, can you find {k}?", "List: {x}. Does it contain {k}?",
+        "Look at {x}. Do you see {k}?", "Here is {x}. Is one of these {k}?",
     ),
     "sort": (
         "Sort these numbers: {x}", "Put the numbers in order: {x}", "Order from low to high: {x}",
@@ -61,8 +61,8 @@ WORDINGS: Final[dict[str, tuple[str, ...]]] = {
         "What is {x}?", "Compute {x}", "Calculate the sum: {x}", "Add up: {x}", "How much is {x}?",
     ),
     "lookup": (
-        "{x}. What does {k} have?", "{x}. Which thing belongs to {k}?", "Facts: {x}. Tell me what {k} has.",
-        "{x}. Now, what is with {k}?", "{x}. Name the thing of {k}.",
+        "{x}. What belongs to {k}?", "{x}. Which thing is with {k}?", "Facts: {x}. What is owned by {k}?",
+        "{x}. Now, what is held by {k}?", "{x}. Which is the thing of {k}?",
     ),
     "sentiment": (
         "Is this review positive or negative: {x}", "Sentiment of the sentence: {x}", "How does the writer feel? {x}",
@@ -102,9 +102,10 @@ def ask(rng: random.Random, task: str, material: str, key: str, noise: float) ->
 
     `noise` in [0, 1] is the chance of a clause before, and half of it of one after.
     """
-    wording = rng.choice(WORDINGS[task]).replace("{k}", key)
+    wording = rng.choice(WORDINGS[task]).replace("{k}", key) if key else rng.choice(WORDINGS[task])
     before = _clause(rng, _BEFORE) + " " if rng.random() < noise else ""
-    after = " " + _clause(rng, _AFTER) if rng.random() < noise / 2 else ""
+    asks_last = wording.endswith(f" {key}?")  # a model this small finds the key where prompts of this kind end
+    after = " " + _clause(rng, _AFTER) if rng.random() < noise / 2 and not asks_last else ""
     if wording.endswith(": {x}") and rng.random() < 0.4:
         return f"{before}{wording[:-4].rstrip()}", f"{material}.{after}" if after else material
     text = wording.replace("{x}", material)
