@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,13 +37,13 @@ def serve(
 
     from guard.rows import read_rows
     from serving.gateway import create_gateway
+    from serving.logs import log_as_json
     from serving.settings import load_settings
 
     settings = load_settings(
         config, model=model, state_dir=state_dir, served_name=served_name, host=host, port=port, engine_url=engine_url
     )
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_as_json(settings.log_level)
     if clean is not None:
         read_rows(clean)
     with _engine(settings, max_slots, max_len, threads) as engine, _worker(settings, config, clean):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -26,10 +25,12 @@ def worker(
 ) -> None:
     """Serve repairs until stopped. Killed in the middle of one, it goes on there when started again."""
     from guard.rows import read_rows
+    from serving.logs import log_as_json
     from serving.settings import load_settings
     from serving.worker import Worker
 
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    settings = load_settings(config, model=model, state_dir=state_dir)
+    log_as_json(settings.log_level)
     read_rows(clean)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -37,7 +38,7 @@ def worker(
     if child:
         threading.Thread(target=_stop_when_orphaned, args=(stop,), daemon=True).start()
     try:
-        Worker(load_settings(config, model=model, state_dir=state_dir), clean).run(stop)
+        Worker(settings, clean).run(stop)
     finally:
         # A repair in the middle of a step would keep the interpreter alive for minutes; it is durable, so end here.
         if stop.is_set():
