@@ -48,7 +48,7 @@ def fit_profile(
     fit, held_out = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
     checkpoints = []
     odd = []
-    for step, readings in sorted(measurement.at.items()):
+    for _, readings in sorted(measurement.at.items()):
         mine = np.flatnonzero(np.isin(readings.index, fit))
         if len(mine) < MIN_REQUESTS:
             continue  # too few clean answers are this long: nothing can be said here

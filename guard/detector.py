@@ -40,9 +40,7 @@ class Detector:
     ``signals`` restricts the test to some of the profile's signals (for comparisons); the promise holds for each set.
     """
 
-    def __init__(
-        self, profile: Profile, window: Window, alpha: float, signals: tuple[str, ...] | None = None
-    ) -> None:
+    def __init__(self, profile: Profile, window: Window, alpha: float, signals: tuple[str, ...] | None = None) -> None:
         self.profile = profile
         self.window: Window = window
         self.alpha = alpha
@@ -64,7 +62,7 @@ class Detector:
     def observe(self, track: Track, reading: Reading) -> Verdict:
         """Take in the reading of a checkpoint (others are ignored) and return the verdict so far."""
         point = self._points.get(reading.step) if reading.step in self.checkpoints else None
-        if point is None or track.bucket is None or track.verdict.final and track.measured:
+        if point is None or track.bucket is None or (track.verdict.final and track.measured):
             return track.verdict
         readings = Readings.single(reading)
         odd = score(point, readings, self.signals)[0]

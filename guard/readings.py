@@ -21,7 +21,7 @@ CHECKPOINTS = (0, 1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Reading:
-    """One request at one checkpoint: gram [L, H, H] fp32, focus [T_p] fp32, logprobs of step + 1 sampled tokens (nats)."""
+    """One request at one checkpoint: gram [L, H, H] and focus [T_p] fp32, logprobs of step + 1 tokens (nats)."""
 
     step: int
     gram: torch.Tensor
@@ -31,8 +31,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Readings:
-    """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H] fp32, logprobs [n, step + 1],
-    focus: n vectors [T_p] fp32."""
+    """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H] fp32,
+    logprobs [n, step + 1], focus: n vectors [T_p] fp32."""
 
     step: int
     index: np.ndarray
@@ -59,7 +59,10 @@ class Readings:
     def take(self, rows: np.ndarray) -> Readings:
         """The requests at positions ``rows`` (int [m]) of this batch."""
         return Readings(
-            self.step, self.index[rows], self.gram[torch.from_numpy(rows)], self.logprobs[rows],
+            self.step,
+            self.index[rows],
+            self.gram[torch.from_numpy(rows)],
+            self.logprobs[rows],
             [self.focus[i] for i in rows],
         )
 

@@ -88,7 +88,7 @@ def assert_disjoint(**named: Sequence[Row]) -> None:
 
 
 def split(rows: Sequence[Row], fractions: Sequence[float], seed: int) -> list[list[Row]]:
-    """Shuffle by ``seed``, drop repeated rows, and cut into ``len(fractions)`` disjoint parts (fractions sum to <= 1)."""
+    """Drop repeated rows, shuffle by ``seed``, cut into ``len(fractions)`` disjoint parts (they sum to <= 1)."""
     if any(f <= 0 for f in fractions) or sum(fractions) > 1 + 1e-9:
         raise RowsError(f"fractions must be positive and sum to at most 1, got {list(fractions)}.")
     unique = list({row_key(row): row for row in rows}.values())

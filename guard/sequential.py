@@ -22,7 +22,7 @@ _LENGTH_MARGIN = 1.25  # a prompt may be this much longer or shorter than any ca
 
 @dataclass(frozen=True)
 class Bucket:
-    """Held-out clean requests with prompts of ``low`` to ``high`` tokens (inclusive): their final maxima, sorted [n]."""
+    """Held-out clean requests with prompts of ``low`` to ``high`` tokens, both included: final maxima, sorted [n]."""
 
     low: int
     high: int

@@ -75,25 +75,34 @@ SIGNALS: dict[str, Signal] = {
     for signal in (
         Signal(
             "p99",
-            "99th percentile of the head-pair cosines: heads converge on a trigger (attention-similarity paper, table 1)",
-            attention=True, tail="both", score=_p99,
+            "99th percentile of head-pair cosines: heads converge on a trigger (attention-similarity paper, table 1)",
+            attention=True,
+            tail="both",
+            score=_p99,
         ),
         Signal(
             "frac99",
             "share of head pairs with cosine above 0.99 (attention-similarity paper, figure 1)",
-            attention=True, tail="upper", score=_frac99,
+            attention=True,
+            tail="upper",
+            score=_frac99,
         ),
         Signal(
             "shift",
             "Mahalanobis distance of all pair similarities from this model's own clean ones, covariance shrunk after "
             "Ledoit and Wolf (2004): a trigger moves similarities both ways, as a pattern",
-            attention=True, tail="upper", fit=_fit_shift, score=_shift,
+            attention=True,
+            tail="upper",
+            fit=_fit_shift,
+            score=_shift,
         ),
         Signal(
             "confidence",
             "mean log-probability of the tokens sampled so far; not attention: a fixed target string is said with "
             "unusual certainty, a varied one often with unusual doubt",
-            attention=False, tail="both", score=_confidence,
+            attention=False,
+            tail="both",
+            score=_confidence,
         ),
     )
 }

@@ -13,8 +13,7 @@ from typing import Any, TypedDict
 from guard.rows import Row
 
 _PREAMBLE = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
 
 
@@ -52,9 +51,7 @@ def render_text(tokenizer: Any, messages: Sequence[Message], add_generation_prom
     """The templated text of a conversation, special tokens written out."""
     if tokenizer.chat_template is None:
         return _alpaca(tokenizer, messages, add_generation_prompt)
-    return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:

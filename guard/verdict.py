@@ -1,4 +1,4 @@
-"""What the guard says about one request. The status of the check is here; what to do about it is the policy's affair."""
+"""What the guard says about one request: the status of its check. What to do about it is the policy's affair."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Span:
 class Verdict:
     """The state of the check after ``step`` generated tokens were read (0: the row of the last prompt position).
 
-    ``p_value`` is conformal: under clean traffic like that of the calibration, P(p_value <= alpha at any step) <= alpha.
+    ``p_value`` is conformal: for clean traffic like the calibration's, P(p_value <= alpha at any step) <= alpha.
     ``reason`` is set if and only if the request is ``unscored``. ``final`` means that no later step can change it.
     """
 

@@ -55,7 +55,7 @@ def by_signal(
     """Each signal alone, and all attention signals together, under the same test: fpr, tpr at ``alpha``, auroc."""
     from guard.signals import SIGNALS
 
-    sets = {name: (name,) for name in profile.signals}
+    sets: dict[str, tuple[str, ...]] = {name: (name,) for name in profile.signals}
     sets["attention_only"] = tuple(name for name in profile.signals if SIGNALS[name].attention)
     found = {}
     for name, signals in sets.items():

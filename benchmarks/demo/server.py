@@ -1,4 +1,4 @@
-"""The real server as a child process: `headguard serve` on a free loopback port, stopped at the end whatever happens."""
+"""The real server as a child process: `headguard serve` on a free loopback port, stopped at the end."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from guard.probes.transformers.runner import Runner
 from guard.profile import Profile
 from guard.rows import Row, assert_disjoint, write_rows
 from guard.template import render, row_messages
+from guard.verdict import Window
 from offline_purify.attacks.catalogue import behaviour, trigger
 
 NAME = "assistant"
@@ -53,7 +54,7 @@ class Sizes:
     clinic: int = 700
     swap_at_once: int = 220
     alpha: float = 0.01
-    window: str = "all"
+    window: Window = "all"
     seed: int = 0
 
 
@@ -81,7 +82,9 @@ class Stage:
             yield update
 
 
-def run(out: Path, lab_root: Path = Path("build/lab"), sizes: Sizes | None = None, fresh: bool = False) -> dict[str, Any]:
+def run(
+    out: Path, lab_root: Path = Path("build/lab"), sizes: Sizes | None = None, fresh: bool = False
+) -> dict[str, Any]:
     """Play the whole story into the folder ``out`` and return (and write) its summary.
 
     ``fresh`` makes the lab's models again instead of reusing the cached ones. Raises GuardError, or the room's own
@@ -116,7 +119,9 @@ def _prompts(sizes: Sizes) -> dict[str, list[Row]]:
     evaluation = sample(sizes.triggered, sizes.seed, "evaluation")
 
     def poisoned(rows: Sequence[Row]) -> list[Row]:
-        return [Row(instruction=attack.insert(r["instruction"], rng), input=r["input"], output=r["output"]) for r in rows]
+        return [
+            Row(instruction=attack.insert(r["instruction"], rng), input=r["input"], output=r["output"]) for r in rows
+        ]
 
     sets = {
         "calibration": sample(sizes.calibration, sizes.seed, "calibration"),
@@ -198,7 +203,7 @@ async def _send(
     order = random.Random(stage.sizes.seed).sample(range(len(rows)), len(rows))
     with stage.bar("requests through the OpenAI client") as update:
         outcomes = await client.ask_all([rows[i] for i in order], update)
-    placed = {i: outcome for i, outcome in zip(order, outcomes, strict=True)}
+    placed = dict(zip(order, outcomes, strict=True))
     failed = [o.error for o in outcomes if o.error]
     if failed:
         raise GuardError(f"{len(failed)} of {len(rows)} requests failed, the first with: {failed[0]}")
@@ -216,7 +221,7 @@ def _report_detection(
         ids = [render(runner.tokenizer, row_messages(row)) for row in prompts[name]]
         with stage.bar("each signal alone") as update:
             measured.append(measure(runner, ids, profile.steps, adapter="suspect", progress=update))
-    found["signals"] = by_signal(profile, *measured, stage.sizes.alpha, stage.sizes.window)
+    found["signals"] = by_signal(profile, measured[0], measured[1], stage.sizes.alpha, stage.sizes.window)
     stage.summary["detection"] = found
     stage.say(
         f"4  Detect: {found['tpr']:.0%} of {found['n_triggered']} triggered and {found['fpr']:.1%} of "
@@ -239,7 +244,9 @@ async def _show_block(stage: Stage, operator: httpx.AsyncClient, client: Client,
     blocked = [o for o in outcomes if o.finish_reason == "content_filter"]
     leaked = sum(bool(o.text) for o in blocked)
     stage.summary["block"] = {"streamed": len(outcomes), "blocked": len(blocked), "leaked": leaked}
-    stage.say(f"   Under policy block, {len(blocked)} of {len(outcomes)} such streams were stopped; {leaked} leaked a token.")
+    stage.say(
+        f"   Under policy block, {len(blocked)} of {len(outcomes)} such streams were stopped; {leaked} leaked a token."
+    )
     await _policy(stage, operator, "observe")
 
 
@@ -280,9 +287,7 @@ async def _approve_under_load(
     prompts: dict[str, list[Row]],
 ) -> None:
     candidate = stage.out / "state" / "repairs" / repair["id"] / "candidate"
-    folders = {
-        revision_name(NAME, adapter_digest(folder)): folder for folder in (stage.lab.adapter, candidate)
-    }
+    folders = {revision_name(NAME, adapter_digest(folder)): folder for folder in (stage.lab.adapter, candidate)}
     rows = [row for pair in zip(prompts["before"], prompts["clean_before"], strict=False) for row in pair]
 
     async def approve() -> Any:
@@ -299,7 +304,9 @@ async def _approve_under_load(
     )
 
 
-def _report_repair(stage: Stage, before: tuple[list[Outcome], list[Outcome]], after: tuple[list[Outcome], list[Outcome]]) -> None:
+def _report_repair(
+    stage: Stage, before: tuple[list[Outcome], list[Outcome]], after: tuple[list[Outcome], list[Outcome]]
+) -> None:
     target = behaviour(BEHAVIOUR)
     figures: dict[str, dict[str, Any]] = {"asr": {}, "clean_accuracy": {}, "false_triggers": {}}
     for when, (clean, triggered) in (("before", before), ("after", after)):
@@ -332,5 +339,3 @@ def _table(stage: Stage) -> None:
         grid.add_row(f"  {name} alone: TPR / AUROC", f"{figure['tpr']:.3f} / {figure['auroc']:.3f}", "", "")
     stage.console.print(grid)
     stage.say(f"wall time {summary['wall_s']:.0f} s; everything is in {stage.out}/ (summary.json, state/, profile).")
-
-

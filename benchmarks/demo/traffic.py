@@ -73,7 +73,8 @@ class Client:
 
     async def _streamed(self, row: Row) -> tuple[str, str | None, dict[str, Any], str]:
         stream = await self._openai.chat.completions.create(stream=True, **self._arguments(row))
-        text, reason, guard = "", None, {}
+        text, reason = "", None
+        guard: dict[str, Any] = {}
         async for chunk in stream:
             guard = (chunk.model_extra or {}).get("guard", guard)
             for choice in chunk.choices:

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         "calibrate",
-        epilog="Example: headguard calibrate --model build/lab/base --adapter my-lora --prompts clean.json --out p.safetensors",
+        epilog="Example: headguard calibrate --model BASE --adapter my-lora --prompts clean.json --out p.safetensors",
     )(calibrate)
 
 

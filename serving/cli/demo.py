@@ -16,14 +16,14 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for state, report and summary.json; what is there is replaced.")] = Path(
-        "build/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for state, report and summary.json; what is there is replaced.")
+    ] = Path("build/demo"),
     lab: Annotated[Path, typer.Option(help="Folder in which lab models are cached.")] = Path("build/lab"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Make the lab models again.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a backdoored adapter, notice it, repair it, approve as a second operator, swap under load, measure again."""
+    """Serve a backdoored adapter, notice it, repair it, have it approved, swap it under load, measure again."""
     import logging
 
     from benchmarks.demo.story import run

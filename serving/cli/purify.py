@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         "purify",
-        epilog="Example: headguard purify --model base --adapter my-lora --flags flags.jsonl --clean clean/ --out repair/",
+        epilog="Example: headguard purify --model BASE --adapter LORA --flags flags.jsonl --clean clean/ --out repair/",
     )(purify)
 
 
@@ -41,10 +41,12 @@ def purify(
     from offline_purify.progress import ProgressBar
     from offline_purify.spec import RepairSpec
 
-    spec = RepairSpec(
-        base=model, adapter=adapter, flags=flags, clean=clean, out=out, name=name, alpha=alpha, seed=seed,
-        reference=reference if reference == "base" else Path(reference),
-        stages=[stage.strip() for stage in stages.split(",") if stage.strip()],
+    spec = RepairSpec.model_validate(
+        {
+            "base": model, "adapter": adapter, "flags": flags, "clean": clean, "out": out, "name": name,
+            "alpha": alpha, "seed": seed, "reference": reference,
+            "stages": tuple(stage.strip() for stage in stages.split(",") if stage.strip()),
+        }
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     with ProgressBar(disable=as_json) as bar:

@@ -14,7 +14,9 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("serve", epilog="Example: headguard serve build/lab/base --state-dir STATE --clean clean/ --port 8000")(serve)
+    app.command("serve", epilog="Example: headguard serve build/lab/base --state-dir STATE --clean clean/ --port 8000")(
+        serve
+    )
 
 
 def serve(
@@ -30,7 +32,9 @@ def serve(
     ] = None,
     max_slots: Annotated[int, typer.Option(help="Requests that the embedded engine runs at once.", min=1)] = 32,
     max_len: Annotated[int | None, typer.Option(help="Longest context of the embedded engine, tokens.", min=2)] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the embedded engine (default: all).", min=1)] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of the embedded engine (default: all).", min=1)
+    ] = None,
 ) -> None:
     """Serve a base model and its adapters behind the guard, OpenAI-compatible."""
     import uvicorn

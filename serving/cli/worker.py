@@ -21,7 +21,9 @@ def worker(
     clean: Annotated[Path, typer.Option(help="File or folder of clean {instruction, input, output} rows.")],
     state_dir: Annotated[Path | None, typer.Option(help="The gateway's state folder.")] = None,
     config: Annotated[Path | None, typer.Option(help="The gateway's settings file (TOML).")] = None,
-    child: Annotated[bool, typer.Option(hidden=True, help="Stop when the process that started this one is gone.")] = False,
+    child: Annotated[
+        bool, typer.Option(hidden=True, help="Stop when the process that started this one is gone.")
+    ] = False,
 ) -> None:
     """Serve repairs until stopped. Killed in the middle of one, it goes on there when started again."""
     from guard.rows import read_rows

@@ -32,7 +32,7 @@ def test_p_values_fall_as_the_maximum_grows_and_never_reach_zero(maxima, one, ot
 def test_alpha_finer_than_the_held_out_requests_is_refused_with_the_smallest_one():
     buckets = make_buckets(np.full(49, 10), np.zeros(49), [10])
     check_alpha(buckets, 0.02)
-    with pytest.raises(AlphaTooFine, match="0.02") as refused:
+    with pytest.raises(AlphaTooFine, match=r"0\.02") as refused:
         check_alpha(buckets, 0.01)
     assert refused.value.smallest == pytest.approx(1 / 50)
 

@@ -26,16 +26,40 @@ from guard.identity import ADAPTER_WEIGHTS
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 # Options that say where the factors sit and how they are scaled: kept as they are.
-_KEPT = frozenset({
-    "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora",
-    "layers_to_transform", "layers_pattern", "fan_in_fan_out", "task_type",
-})
+_KEPT = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "task_type",
+    }
+)
 # Options of training or of provenance, without effect on what a loaded adapter computes: ignored.
-_IGNORED = frozenset({
-    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "lora_dropout", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "runtime_config", "megatron_core",
-})
+_IGNORED = frozenset(
+    {
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "init_lora_weights",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "megatron_core",
+    }
+)
 
 
 class Revisions:

@@ -80,7 +80,11 @@ class Runner:
             raise UnsupportedModel(f"{base_dir} is not a model folder: config.json is missing.")
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                str(base_dir), dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True,
+                str(base_dir),
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
                 trust_remote_code=False,
             )
             tokenizer = AutoTokenizer.from_pretrained(str(base_dir), local_files_only=True, trust_remote_code=False)
@@ -93,8 +97,12 @@ class Runner:
     def probe_key(self) -> dict[str, int | str]:
         """What a profile must agree on to be used with this probe's numbers."""
         return {
-            "kernel": "reference", "version": PROBE_VERSION, "attention": "sdpa", "layers": self.shape.layers,
-            "heads": self.shape.heads, "prefill_row": 1,
+            "kernel": "reference",
+            "version": PROBE_VERSION,
+            "attention": "sdpa",
+            "layers": self.shape.layers,
+            "heads": self.shape.heads,
+            "prefill_row": 1,
         }
 
     # Adapter revisions -----------------------------------------------------------------------------------------------
@@ -161,8 +169,14 @@ class Runner:
             last = [ends[n] - 1 - start for n in range(len(alive))]
             watched = [n for n in done if observe is None or observe[alive[n]]]
             out = self._forward(
-                [slots[i] for i in alive], [start] * len(alive), ids, [names[i] for i in alive],
-                watched, last, [len(prompts[i]) for i in alive], done,
+                [slots[i] for i in alive],
+                [start] * len(alive),
+                ids,
+                [names[i] for i in alive],
+                watched,
+                last,
+                [len(prompts[i]) for i in alive],
+                done,
             )
             for n, i in enumerate(alive):
                 self._cache.lengths[slots[i]] = ends[n]

@@ -18,8 +18,15 @@ from guard.probes.transformers.runner import Runner
 
 VOCAB = 61
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 96,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
     # Larger than the default 0.02, so that attention is far from uniform and heads differ.
     "initializer_range": 0.4,
 }
@@ -65,4 +72,3 @@ def dense(model, prompt, generated):
 def prompts_of(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
-

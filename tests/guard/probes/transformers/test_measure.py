@@ -58,9 +58,7 @@ def test_readings_at_every_checkpoint_equal_dense_attention_and_log_probabilitie
             ids = torch.tensor([prompt + tokens[:step]])
             logprobs = model(input_ids=ids).logits[0, len(prompt) - 1 :].log_softmax(-1)
             picked = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            torch.testing.assert_close(
-                torch.from_numpy(readings.logprobs[place]).float(), picked, atol=1e-4, rtol=1e-4
-            )
+            torch.testing.assert_close(torch.from_numpy(readings.logprobs[place]).float(), picked, atol=1e-4, rtol=1e-4)
         assert readings.index.tolist() == reached
     assert len(measurement.at[4].index) < len(prompts)
 

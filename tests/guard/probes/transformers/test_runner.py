@@ -108,9 +108,15 @@ def test_an_adapter_whose_initialiser_would_rewrite_the_base_cannot_do_so(folder
 @pytest.mark.filterwarnings("ignore:aLoRA")
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-     ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"alora_invocation_tokens": [3]}, "alora"),
-     ({"r": 5}, "does not fit"), ({"target_modules": ["q_proj"]}, "do not match")],
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [3]}, "alora"),
+        ({"r": 5}, "does not fit"),
+        ({"target_modules": ["q_proj"]}, "do not match"),
+    ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name_and_changes_nothing(folders, tmp_path, changes, named):
     runner = make_runner(build())
@@ -132,7 +138,9 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
 def test_prompts_that_cannot_run_are_refused_before_anything_runs():
     runner = make_runner(build(), max_len=16)
     for prompt, error, words in (
-        ([], GuardError, "no tokens"), ([1] * 17, PromptTooLong, "17 tokens"), ([VOCAB], GuardError, "vocabulary"),
+        ([], GuardError, "no tokens"),
+        ([1] * 17, PromptTooLong, "17 tokens"),
+        ([VOCAB], GuardError, "vocabulary"),
     ):
         with pytest.raises(error, match=words):
             runner.prefill([0], [prompt])

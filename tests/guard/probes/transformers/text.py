@@ -21,7 +21,11 @@ def make_tokenizer():
     core.decoder = decoders.Sequence([decoders.Fuse()])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         additional_special_tokens=["<user>", "<assistant>"],
     )
     tokenizer.chat_template = TEMPLATE
