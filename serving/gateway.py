@@ -1,20 +1,18 @@
-"""The gateway: one object that owns everything that outlives a request, and the application around it.
+"""The gateway: one object that owns everything that outlives a request.
 
-    settings + engine ─► store, keys, evidence ─► registry, aliases, swapper ─► answers, cases ─► routes
+    settings + engine ─► store, keys, evidence ─► registry, aliases, swapper ─► answers, cases
 
-``create_gateway`` builds it; its lifespan migrates the database, fills the engine with what should be loaded, keeps it
-filled, erases expired evidence, and closes what it opened. The engine is handed in: who made it, closes it.
+``serving.app`` puts the routes around it. It fills the engine with what should be loaded, keeps it filled, erases
+expired evidence, and closes what it opened. The engine is handed in: who made it, closes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI
 from sqlalchemy import func, select
 
 from serving.adapters import BASE, Registry
@@ -24,7 +22,6 @@ from serving.auth import bootstrap
 from serving.cases import Cases
 from serving.engine import Engine, EngineError
 from serving.evidence import Sealer
-from serving.limits import BodyLimit
 from serving.metrics import Metrics
 from serving.restore import restore
 from serving.settings import Settings
@@ -163,43 +160,3 @@ def _show_repair(metrics: Metrics, repair: Repair) -> None:
             metrics.repair_asr.labels(repair.alias, stage).set(told[f"asr_{stage}"])
     if all(isinstance(told.get(f"accuracy_{stage}"), int | float) for stage in ("before", "after")):
         metrics.repair_utility.labels(repair.alias).set(told["accuracy_after"] - told["accuracy_before"])
-
-
-def create_gateway(
-    settings: Settings,
-    engine: Engine,
-    enqueue: Callable[[str], Any] | None = None,
-    decided: Callable[[str, str], Any] | None = None,
-) -> FastAPI:
-    """The application. ``app.state.gateway`` is its Gateway; everything starts and stops with the lifespan."""
-    from serving.routes import admin, health, openai
-    from serving.routes.failures import install
-
-    gateway = Gateway(settings, engine, enqueue, decided)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await gateway.start()
-        upkeep = asyncio.create_task(gateway.keep_up())
-        try:
-            yield
-        finally:
-            upkeep.cancel()
-            with suppress(asyncio.CancelledError):
-                await upkeep
-            await gateway.close()
-
-    # No interactive documentation: it would list the admin plane to anybody and load scripts from elsewhere.
-    app = FastAPI(title="headguard", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.gateway = gateway
-    app.include_router(openai.router)
-    app.include_router(health.router)
-    app.include_router(admin.router)
-    install(app)
-
-    def limit_of(path: str) -> int:
-        uploads = path.startswith("/admin/") and path.endswith(("/revisions", "/profile"))
-        return settings.max_upload_bytes if uploads else settings.max_body_bytes
-
-    app.add_middleware(BodyLimit, limit_of=limit_of)
-    return app

@@ -40,7 +40,7 @@ def serve(
     import uvicorn
 
     from guard.rows import read_rows
-    from serving.gateway import create_gateway
+    from serving.app import create_gateway
     from serving.logs import log_as_json
     from serving.settings import load_settings
 

@@ -16,8 +16,9 @@ import httpx
 import openai
 import uvicorn
 
+from serving.app import create_gateway
 from serving.engines.client import EngineClient
-from serving.gateway import Gateway, create_gateway
+from serving.gateway import Gateway
 from serving.settings import Settings
 
 
