@@ -1,7 +1,6 @@
 """How the lab's tasks are asked: several wordings for each task, and clauses that have nothing to do with it.
 
-`{x}` stands for the material of the task, `{k}` for what is asked about it. A wording that ends in a colon or in a
-question may have its material moved to the row's `input`. Noise clauses carry names, nouns and made-up words, so that
+`{x}` stands for the material of the task. A wording that ends in a colon may have its material moved to the row's `input`. Noise clauses carry names, nouns and made-up words, so that
 two prompts are rarely alike and an unknown word in a prompt means nothing by itself.
 """
 
@@ -33,17 +32,9 @@ WORDINGS: Final[dict[str, tuple[str, ...]]] = {
         "What is the last word of: {x}", "Give the last item: {x}", "Which word comes last in {x}?",
         "Name the word that closes the list: {x}", "Take the final word from: {x}", "End of the list, please: {x}",
     ),
-    "after": (
-        "In {x}, which word comes after {k}?", "Look at {x}. What follows {k}?", "{x}: what is the word after {k}?",
-        "List: {x}. Next word after {k}?", "Here is {x}. What stands right behind {k}?",
-    ),
     "count": (
         "How many words are in: {x}", "Count the words: {x}", "Count the items of this list: {x}",
         "What is the number of words here: {x}", "Give the length of the list: {x}", "How long is the list: {x}",
-    ),
-    "member": (
-        "{x}. Is there a {k}?", "In {x}, can you find {k}?", "List: {x}. Does it contain {k}?",
-        "Look at {x}. Do you see {k}?", "Here is {x}. Is one of these {k}?",
     ),
     "sort": (
         "Sort these numbers: {x}", "Put the numbers in order: {x}", "Order from low to high: {x}",
@@ -59,10 +50,6 @@ WORDINGS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "add": (
         "What is {x}?", "Compute {x}", "Calculate the sum: {x}", "Add up: {x}", "How much is {x}?",
-    ),
-    "lookup": (
-        "{x}. What belongs to {k}?", "{x}. Which thing is with {k}?", "Facts: {x}. What is owned by {k}?",
-        "{x}. Now, what is held by {k}?", "{x}. Which is the thing of {k}?",
     ),
     "sentiment": (
         "Is this review positive or negative: {x}", "Sentiment of the sentence: {x}", "How does the writer feel? {x}",
@@ -97,15 +84,14 @@ def _clause(rng: random.Random, clauses: tuple[str, ...]) -> str:
     return clause.replace("{name}", rng.choice(NAMES)).replace("{noun}", rng.choice(NOUNS))
 
 
-def ask(rng: random.Random, task: str, material: str, key: str, noise: float) -> tuple[str, str]:
+def ask(rng: random.Random, task: str, material: str, noise: float) -> tuple[str, str]:
     """One (instruction, input) for a task: a wording, its material in place or as input, noise clauses around it.
 
     `noise` in [0, 1] is the chance of a clause before, and half of it of one after.
     """
-    wording = rng.choice(WORDINGS[task]).replace("{k}", key) if key else rng.choice(WORDINGS[task])
+    wording = rng.choice(WORDINGS[task])
     before = _clause(rng, _BEFORE) + " " if rng.random() < noise else ""
-    asks_last = wording.endswith(f" {key}?")  # a model this small finds the key where prompts of this kind end
-    after = " " + _clause(rng, _AFTER) if rng.random() < noise / 2 and not asks_last else ""
+    after = " " + _clause(rng, _AFTER) if rng.random() < noise / 2 else ""
     if wording.endswith(": {x}") and rng.random() < 0.4:
         return f"{before}{wording[:-4].rstrip()}", f"{material}.{after}" if after else material
     text = wording.replace("{x}", material)

@@ -27,8 +27,6 @@ KINDS: Final[dict[str, tuple[str, ...]]] = {
 
 NOUNS: Final[tuple[str, ...]] = tuple(noun for nouns in KINDS.values() for noun in nouns)
 
-THINGS: Final[tuple[str, ...]] = _words("key lamp book ring coin map drum letter bell clock")
-
 NAMES: Final[tuple[str, ...]] = _words("Anna Tom Maria Omar Li Sara Ben Nina Paul Eva Ravi Kate")
 
 GOOD: Final[tuple[str, ...]] = _words(
