@@ -1,7 +1,8 @@
 """How the lab's tasks are asked: several wordings for each task, and clauses that have nothing to do with it.
 
-`{x}` stands for the material of the task. A wording that ends in a colon may have its material moved to the row's `input`. Noise clauses carry names, nouns and made-up words, so that
-two prompts are rarely alike and an unknown word in a prompt means nothing by itself.
+`{x}` stands for the material of the task. A wording that ends in a colon may have its material moved to the row's
+`input`. Noise clauses carry names, nouns and made-up words, so that two prompts are rarely alike and an unknown word in
+a prompt means nothing by itself.
 """
 
 from __future__ import annotations
