@@ -25,7 +25,7 @@ from guard.template import row_messages
 from offline_purify.train import Progress
 
 REPORT = "lab.json"
-TINY_ROWS = 80_000
+TINY_ROWS = 64_000
 TINY_VOCAB = 1600
 CHECKED = 600
 """Further prompts that are not trained on, by which training sees that it may stop."""
