@@ -20,6 +20,8 @@ from offline_purify.plots import draw_plots
 if TYPE_CHECKING:
     from offline_purify.steps import RepairSteps
 
+LITTLE_SKILL = 0.05
+"""Exact-match accuracy below which losing none of it proves nothing."""
 PACKAGES = ("headguard", "torch", "transformers", "peft", "numpy", "safetensors")
 
 
@@ -54,6 +56,12 @@ def uncertainties(report: dict[str, Any]) -> list[str]:
     if not report["candidates_confirmed"]:
         lines.append(
             "No trigger candidate was confirmed by re-insertion, so the repair was judged on held-out flags alone."
+        )
+    accuracy = report["states"]["before"]["accuracy"]
+    if accuracy and accuracy["value"] < LITTLE_SKILL:
+        lines.append(
+            "Exact match was near zero before the repair already (free text, not checkable answers): the accuracy check "
+            "says nothing here, and perplexity is the only evidence that skill was kept."
         )
     if report["kinds"]["odd"]:
         lines.append(
