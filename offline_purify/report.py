@@ -60,7 +60,7 @@ def uncertainties(report: dict[str, Any]) -> list[str]:
     accuracy = report["states"]["before"]["accuracy"]
     if accuracy and accuracy["value"] < LITTLE_SKILL:
         lines.append(
-            "Exact match was near zero before the repair already (free text, not checkable answers): the accuracy check "
+            "Exact match was near zero before the repair already (free text): the accuracy check "
             "says nothing here, and perplexity is the only evidence that skill was kept."
         )
     if report["kinds"]["odd"]:
