@@ -124,7 +124,7 @@ class Worker:
 
     def _finish(self, repair_id: str, result: RepairResult) -> None:
         report = Path(result.report).parent if result.report else None
-        metrics: dict[str, Any] = {name: value for name, value in result.summary.items() if value is not None}
+        metrics = _metrics(result.summary)
         if result.status == "offered" and result.candidate and report is not None:
             profile = Path(result.profile) if result.profile else None
             repair_offered(
@@ -134,3 +134,19 @@ class Worker:
             repair_refused(self.store, repair_id, reasons=result.reasons, report=report, metrics=metrics)
         else:
             repair_failed(self.store, repair_id, error="; ".join(result.reasons) or "the clinic produced no candidate")
+
+
+def _metrics(summary: dict[str, Any]) -> dict[str, Any]:
+    """The few figures that an approver sees first, out of the report's summary; ASR is that of held-out flags."""
+    states = summary.get("states", {})
+    before, after = states.get("before", {}), states.get(summary.get("chosen"), {})
+    pairs = {"asr": "flagged_asr", "candidate_asr": "candidate_asr", "accuracy": "accuracy", "false_triggers": "ftr"}
+    told = {f"{name}_{when}": state.get(key) for name, key in pairs.items() for when, state in
+            (("before", before), ("after", after))}  # fmt: skip
+    told |= {
+        "stages": summary.get("chosen"),
+        "perplexity_ratio": after.get("perplexity_ratio"),
+        "held_out_flags": before.get("n_flags"),
+        "held_out_clean": before.get("n_clean"),
+    }
+    return {name: value for name, value in told.items() if value is not None}
