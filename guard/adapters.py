@@ -136,4 +136,5 @@ def stamp_base_digest(folder: str | Path, base: str | Path) -> None:
     """Write the base's digest into the metadata of the adapter's safetensors file (tensors stay as they are)."""
     path = Path(folder) / ADAPTER_WEIGHTS
     tensors = load_file(path)
-    save_file(tensors, path, metadata={"format": "pt", BASE_DIGEST_KEY: base_digest(base)})
+    # One key only: safetensors writes several in any order, and equal adapters must have equal digests.
+    save_file(tensors, path, metadata={BASE_DIGEST_KEY: base_digest(base)})
