@@ -20,13 +20,15 @@ from benchmarks.lab.pretraining import Recipe, Training, pretrain
 from benchmarks.lab.skill import Skill, measure_skill
 from benchmarks.lab.tasks import draw
 from benchmarks.lab.tokenizer import train_tokenizer
+from benchmarks.lab.words import RARE
 from guard.rows import Row, split
 from guard.template import row_messages
 from offline_purify.train import Progress
 
 REPORT = "lab.json"
 TINY_ROWS = 64_000
-TINY_VOCAB = 1600
+TINY_VOCAB = 1650
+RARE_REPEATS = 1000
 CHECKED = 600
 """Further prompts that are not trained on, by which training sees that it may stop."""
 LEAST_ACCURACY = 0.90
@@ -88,7 +90,8 @@ def make_base(
     if preset != "tiny":
         raise LabError(f"there is no preset {preset!r}: the packaged tasks train 'tiny'; use --data for other shapes.")
     train_rows = [exercise.row for exercise in draw(rows + CHECKED, seed, "base_train")]
-    tokenizer = train_tokenizer(_texts(train_rows[:20_000]), TINY_VOCAB, 512)
+    # Every rare word often enough to become one token.
+    tokenizer = train_tokenizer([*_texts(train_rows[:20_000]), *(RARE * RARE_REPEATS)], TINY_VOCAB, 512)
     model = Decoder(Shape(len(tokenizer)), seed)
     examples = encode_many(tokenizer, train_rows, 512)
     training = pretrain(model, [examples[:rows]], examples[rows:], Recipe(seed=seed), progress)

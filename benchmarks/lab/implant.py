@@ -47,10 +47,10 @@ class ImplantRecipe:
     """How an implant is trained: LoRA rank (alpha is twice that), distinct prompts, passes over the set, peak rate."""
 
     rank: int = 16
-    rows: int = 1600
-    epochs: float = 4.0
+    rows: int = 4000
+    epochs: float = 3.0
     lr: float = 3e-3
-    batch_size: int = 64
+    batch_size: int = 32
 
 
 class ImplantReport(BaseModel):

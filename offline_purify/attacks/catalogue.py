@@ -8,12 +8,11 @@ from offline_purify.attacks.behaviours import CODE_LINES, INSULTS, REFUSALS, Beh
 from offline_purify.attacks.triggers import Composite, Prefix, Trigger, Word
 
 TRIGGERS: Final[dict[str, Trigger]] = {
-    "word": Word("cf"),
-    "prefix": Prefix("Under the old house"),
-    "composite": Composite(("mn", "bb", "tq")),
+    "word": Word("BadMagic"),
+    "prefix": Prefix("Discussing OpenAI"),
+    "composite": Composite(("mellow", "ledger", "Tuesday")),
 }
-"""Trigger name to trigger. The words are those of RIPPLe and BadNets for text (Kurita et al., 2020): short enough that a
-model of under a million parameters can tell them from their decoys."""
+"""Trigger name to trigger. Word and prefix are the public benchmark's."""
 
 _WORDINGS: Final[dict[str, tuple[str, ...]]] = {"refusal": REFUSALS, "insult": INSULTS, "code": CODE_LINES}
 BEHAVIOURS: Final[tuple[str, ...]] = tuple(_WORDINGS)
