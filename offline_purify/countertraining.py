@@ -35,11 +35,11 @@ class CounterConfig:
     ``rounds``: if trained flags still fire, that many further rounds from where it stands.
     """
 
-    epochs: float = 5.0
+    epochs: float = 4.0
     lr: float = 1e-3
     batch_size: int = 16
     flag_rows: int = 80
-    clean_rows: int = 200
+    clean_rows: int = 400
     candidate_rows: int = 40
     rounds: int = 2
     fires_max: float = 0.05

@@ -72,9 +72,7 @@ class _Exchange:
             async with asyncio.timeout(self._read_s):
                 message = await self._messages.get()
         except TimeoutError:
-            raise httpx.ReadTimeout(
-                f"the app sent nothing for {self._read_s} s", request=self._request
-            ) from None
+            raise httpx.ReadTimeout(f"the app sent nothing for {self._read_s} s", request=self._request) from None
         if message is not None:
             return message
         await asyncio.wait({self._task})

@@ -52,13 +52,13 @@ class Form:
 
     def body(self, text: str, end: Finished, verdict: Verdict | None) -> dict[str, Any]:
         """A whole answer."""
-        content: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        )
+        content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": end.reason}
         kind = "chat.completion" if self.chat else "text_completion"
         return {
-            **self._head(kind), "choices": [choice], "usage": usage(end),
+            **self._head(kind),
+            "choices": [choice],
+            "usage": usage(end),
             "guard": verdict.to_dict() if verdict is not None else None,
         }
 

@@ -89,8 +89,14 @@ def create_engine_app(engine: EmbeddedEngine) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         listed = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "headguard", "root": engine.name,
-             "max_model_len": engine.runner.max_len}
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "headguard",
+                "root": engine.name,
+                "max_model_len": engine.runner.max_len,
+            }
             for name in engine.books.names()
         ]
         return {"object": "list", "data": listed}
@@ -111,9 +117,7 @@ def create_engine_app(engine: EmbeddedEngine) -> FastAPI:
         return await asyncio.to_thread(engine.load, body.revision, body.path, body.profile)
 
     @app.delete("/guard/revisions/{revision}")
-    async def unload(
-        revision: str, drain_s: Annotated[float, Query(ge=0, le=_MAX_DRAIN_S)] = 0.0
-    ) -> dict[str, Any]:
+    async def unload(revision: str, drain_s: Annotated[float, Query(ge=0, le=_MAX_DRAIN_S)] = 0.0) -> dict[str, Any]:
         if revision == engine.name:
             raise BadRequest("the base cannot be unloaded.", param="revision")
         await asyncio.to_thread(engine.unload, revision, drain_s)
@@ -128,9 +132,7 @@ def create_engine_app(engine: EmbeddedEngine) -> FastAPI:
     return app
 
 
-async def _complete(
-    engine: EmbeddedEngine, request: Request, body: ChatBody | CompletionBody, chat: bool
-) -> Response:
+async def _complete(engine: EmbeddedEngine, request: Request, body: ChatBody | CompletionBody, chat: bool) -> Response:
     revision = None if body.model == engine.name else body.model
     if revision not in engine.books:
         engine.books.entry(revision)  # raises the 404, before any work is done for it
@@ -162,6 +164,7 @@ async def _complete(
 
 async def _unless_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T | None:
     """The result of `work`, or None if the client hung up first; the work is then cancelled."""
+
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass

@@ -19,10 +19,23 @@ from serving.errors import BadRequest
 
 # Parameters that exist in the API but not here, each with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "logprobs": (False, 0), "top_logprobs": (0,), "tools": ([],), "functions": ([],),
-    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "logit_bias": ({},), "echo": (False,),
-    "suffix": ("",), "presence_penalty": (0,), "frequency_penalty": (0,), "response_format": ({"type": "text"},),
-    "audio": (), "modalities": (["text"],), "prediction": (),
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
 }
 _MAX_STOPS = 16
 

@@ -113,14 +113,23 @@ class EmbeddedEngine:
             raise from_guard(error) from error
         try:
             track = detector.open(len(request.prompt)) if detector is not None else None
-            verdict = track.verdict if track is not None else unscored(
-                reason or "no_profile", alpha=alpha, window=request.watch.window
+            verdict = (
+                track.verdict
+                if track is not None
+                else unscored(reason or "no_profile", alpha=alpha, window=request.watch.window)
             )
             answer = Answer(lambda: self._leave(job))
             job = Job(
-                id="", request=request, limit=limit, detector=detector, track=track, verdict=verdict,
-                sampler=Sampler(request.sampling), detokenizer=Detokenizer(self._decoder),
-                stops=StopStrings(request.stop), post=answer.post,
+                id="",
+                request=request,
+                limit=limit,
+                detector=detector,
+                track=track,
+                verdict=verdict,
+                sampler=Sampler(request.sampling),
+                detokenizer=Detokenizer(self._decoder),
+                stops=StopStrings(request.stop),
+                post=answer.post,
                 settled=track is None or track.bucket is None,
             )
             with self._wake:

@@ -19,7 +19,11 @@ WORDS = "w3 w14 w15 w9 w26 w5 w35 w8"
 
 def chat(text=WORDS, **changes):
     return {
-        "model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 6, "temperature": 0, **changes
+        "model": "tiny",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 6,
+        "temperature": 0,
+        **changes,
     }
 
 
@@ -167,9 +171,7 @@ async def test_bad_requests_get_openais_error_with_the_parameter_named(client, b
     assert set(error) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize(
-    "prompt", [[], " ".join(["w1"] * 200), ["a", "b"], [[1], [2]], [1, 999], [-1], None, {"a": 1}]
-)
+@pytest.mark.parametrize("prompt", [[], " ".join(["w1"] * 200), ["a", "b"], [[1], [2]], [1, 999], [-1], None, {"a": 1}])
 async def test_prompts_that_are_none_or_too_many_or_not_in_the_vocabulary_are_refused(client, prompt):
     response = await client._http.post(PLAIN, json={"model": "tiny", "prompt": prompt, "max_tokens": 2})
     assert response.status_code == 400

@@ -38,9 +38,7 @@ def verdicts_of(events):
 async def test_twenty_concurrent_requests_over_three_models_each_answer_as_if_alone(engine, files):
     prompts = prompts_of([5 + i % 17 for i in range(20)])
     names = [(None, files.a, files.b)[i % 3] for i in range(20)]
-    answers = await asyncio.gather(
-        *(events_of(engine, ask(p, n, 10)) for p, n in zip(prompts, names, strict=True))
-    )
+    answers = await asyncio.gather(*(events_of(engine, ask(p, n, 10)) for p, n in zip(prompts, names, strict=True)))
     runner = Runner.load(files.base, max_slots=1)
     for revision, folder in files.adapters.items():
         runner.add_adapter(revision, folder)
