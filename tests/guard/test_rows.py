@@ -27,8 +27,10 @@ def test_rows_are_read_from_json_jsonl_and_folders(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "cannot be read"), ("{}", "list"), ("[]", "no rows"), ('[{"x": 1}]', "row 0"), ('[{"instruction": 3}]', "row 0"),
-     ('[{"instruction": "a", "output": ["b"]}]', "output")],
+    [
+        ("{", "cannot be read"), ("{}", "list"), ("[]", "no rows"), ('[{"x": 1}]', "row 0"),
+        ('[{"instruction": 3}]', "row 0"), ('[{"instruction": "a", "output": ["b"]}]', "output"),
+    ],
 )  # fmt: skip
 def test_files_that_are_not_rows_are_refused_with_file_and_row(tmp_path, text, told):
     (tmp_path / "bad.json").write_text(text)
