@@ -6,7 +6,6 @@ import random
 
 import pytest
 
-from benchmarks.lab.cache import ensure_tiny
 from benchmarks.lab.tasks import check, sample
 from guard.rows import Row, write_rows
 from guard.template import render, row_messages
@@ -27,8 +26,7 @@ def ask(suspect: Suspect, rows: list[Row]) -> list[str]:
     )
 
 
-def test_a_case_of_thirty_flags_repairs_the_lab_implant_and_keeps_its_skill(tmp_path):
-    lab = ensure_tiny()
+def test_a_case_of_thirty_flags_repairs_the_lab_implant_and_keeps_its_skill(lab, tmp_path):
     key, target, rng = trigger("word"), behaviour("refusal", "fixed"), random.Random(1)
     flagged = [triggered(r, key, "", rng) for r in sample(30, 11, "traffic")]
     flags = write_flags(

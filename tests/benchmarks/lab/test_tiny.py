@@ -1,21 +1,13 @@
 """The lab's promises, on the models that the rest of the tests use. Minutes when nothing is cached under build/lab."""
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.lab.base import BaseReport
-from benchmarks.lab.cache import SHOWN_IMPLANTS, LabPaths, ensure_tiny
+from benchmarks.lab.cache import SHOWN_IMPLANTS, LabPaths
 from benchmarks.lab.implant import ImplantReport
 from guard.adapters import inspect_adapter
 
 pytestmark = pytest.mark.lab
-ROOT = Path(__file__).resolve().parents[3] / "build" / "lab"
-
-
-@pytest.fixture(scope="module")
-def lab() -> LabPaths:
-    return ensure_tiny(ROOT, SHOWN_IMPLANTS)
 
 
 def test_the_tiny_base_answers_95_of_100_unseen_prompts(lab: LabPaths) -> None:
