@@ -26,7 +26,7 @@ check: $(READY)  ## format, lint, types and fast tests, under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not lab and not slow' -x
+	$(BIN)/python -m pytest -m 'not lab and not slow' -x --no-header
 
 bench: $(READY)  ## the benchmarks that exist so far: detection and repair figures of the demo
 	$(BIN)/headguard demo --fresh

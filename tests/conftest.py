@@ -20,3 +20,26 @@ def lab() -> LabPaths:
         return ensure_tiny(LAB_ROOT, SHOWN_IMPLANTS)
     finally:
         torch.set_num_threads(1)
+
+
+# Fixtures that train a model or start a server: what uses one is left out of `make check`.
+_SLOW_FIXTURES = {
+    "patient",
+    "repaired",
+    "lab",
+    "demo",
+    "live",
+    "house",
+    "killed",
+    "small_base",
+    "engine",
+    "weights",
+    "files",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow by what it needs."""
+    for item in items:
+        if _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)

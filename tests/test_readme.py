@@ -21,6 +21,7 @@ def run_help(words: list[str]) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_shown_in_the_readme_exists_with_its_options(command):
     words = command.split()[1:]
