@@ -39,13 +39,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run did: steps, tokens, seconds on the wall and on the processors, last validation accuracy."""
+    """What a training run did: steps, tokens, seconds on the wall and on the processors, last validation accuracy,
+    torch threads."""
 
     steps: int
     tokens: int
     wall_s: float
     cpu_s: float
     validation_accuracy: float
+    threads: int
 
 
 def token_batches(examples: Sequence[Example], batch_tokens: int, rng: random.Random) -> list[list[int]]:
@@ -133,4 +135,5 @@ def pretrain(
                 watch(steps, recent, accuracy)
             if accuracy >= recipe.stop_at:
                 break
-    return Training(steps, tokens, time.monotonic() - wall, time.process_time() - cpu, accuracy)
+    seconds = time.monotonic() - wall, time.process_time() - cpu
+    return Training(steps, tokens, *seconds, accuracy, torch.get_num_threads())
