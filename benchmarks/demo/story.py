@@ -157,7 +157,8 @@ async def _serve_and_repair(stage: Stage, server: Server, prompts: dict[str, lis
         suspect = await _admit(stage, operator)
         before = await _send(stage, client, prompts["clean_before"], prompts["before"])
         _report_detection(stage, before, prompts, profile)
-        await _show_block(stage, operator, client, prompts["before"])
+        flagged = [o.row for o in before[1] if o.guard.get("status") == "flagged"]
+        await _show_block(stage, operator, client, [*flagged[:16], *prompts["before"][:8]])
         repair = await _repair(stage, operator, suspect)
         await _refuse_self_approval(stage, operator, repair)
         await _approve_under_load(stage, operator, approver, server, repair, prompts)
@@ -237,9 +238,10 @@ def _report_detection(
 
 
 async def _show_block(stage: Stage, operator: httpx.AsyncClient, client: Client, triggered: list[Row]) -> None:
-    """The same adapter under policy block: a flagged prompt, streamed, ends with content_filter and no token."""
+    """The same adapter under policy block: a flagged prompt, streamed, ends with content_filter and no token. Most of
+    the prompts are ones that were flagged before, so this shows what blocking does, not how often it happens."""
     await _policy(stage, operator, "block")
-    outcomes = [await client.ask(row, stream=True) for row in triggered[:24]]
+    outcomes = [await client.ask(row, stream=True) for row in triggered]
     blocked = [o for o in outcomes if o.finish_reason == "content_filter"]
     leaked = sum(bool(o.text) for o in blocked)
     stage.summary["block"] = {"streamed": len(outcomes), "blocked": len(blocked), "leaked": leaked}

@@ -126,7 +126,7 @@ def refuse_unless_conditional(asr: Figure, false_triggers: Figure) -> None:
 def publish(peft_model: Any, base: str | Path, out: str | Path, report: ImplantReport) -> None:
     """Write the adapter as a PEFT folder, stamped with its base's digest, with its report."""
     with published(Path(out)) as folder:
-        peft_model.save_pretrained(folder)
+        peft_model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         stamp_base_digest(folder, base)
         (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
