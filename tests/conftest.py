@@ -22,7 +22,7 @@ def lab() -> LabPaths:
         torch.set_num_threads(1)
 
 
-# Fixtures that train a model or start a server: what uses one is left out of `make check`.
+# Fixtures that train a model or start a server: what uses one is left out of `make check`, and so is the lab.
 _SLOW_FIXTURES = {
     "patient",
     "repaired",
@@ -41,5 +41,5 @@ _SLOW_FIXTURES = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow by what it needs."""
     for item in items:
-        if _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())) or "benchmarks" in item.path.parts:
             item.add_marker(pytest.mark.slow)
