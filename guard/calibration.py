@@ -20,10 +20,11 @@ from guard.sequential import bucket_edges
 from guard.signals import SIGNALS, Signal
 from guard.similarity import fisher
 from guard.tail import Tail
+from guard.vaccine import Vaccine
 
 MIN_REQUESTS = 40  # per half: below it neither a covariance nor a tail means anything
 MIN_BUCKET = 99  # held-out requests that a length bucket needs of its own: supports alpha = 0.01
-_FOLDS = 5
+_FOLDS = 4
 
 
 def fit_profile(
@@ -32,13 +33,15 @@ def fit_profile(
     *,
     seed: int = 0,
     signals: tuple[str, ...] = tuple(SIGNALS),
+    vaccine: Vaccine | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Profile:
-    """Fit what is normal from n measured clean requests.
+    """Fit what is normal from n measured clean requests; ``vaccine`` (checked by the caller) adds what it learnt.
 
     Raises CalibrationError when there are fewer than twice MIN_REQUESTS usable requests, or none reached step 0.
     """
     usable = _finite(measurement)
+    signals = tuple(name for name in signals if name != "vaccinated" or vaccine is not None)
     if len(usable) < 2 * MIN_REQUESTS:
         raise CalibrationError(
             f"{len(usable)} usable clean requests of {len(measurement)}: at least {2 * MIN_REQUESTS} are needed "
@@ -52,7 +55,7 @@ def fit_profile(
         mine = np.flatnonzero(np.isin(readings.index, fit))
         if len(mine) < MIN_REQUESTS:
             continue  # too few clean answers are this long: nothing can be said here
-        point = _fit_checkpoint(readings.take(mine), signals, seed)
+        point = _fit_checkpoint(readings.take(mine), signals, vaccine, seed)
         checkpoints.append(point)
         odd.append(_held_out_oddness(point, readings, held_out, signals))
     if not checkpoints or checkpoints[0].step != 0:
@@ -80,9 +83,13 @@ def fit_profile(
 
 
 def score(point: Checkpoint, readings: Readings, signals: tuple[str, ...]) -> np.ndarray:
-    """Oddness of n requests at a checkpoint: float64 [n, K], NaN where a signal is not finite."""
-    columns = [point.tails[n].oddness(SIGNALS[n].score(readings, point.fitted[n])) for n in signals]
-    return np.stack(columns, axis=1)
+    """Oddness of n requests at a checkpoint: float64 [n, K]; NaN where a signal is not finite, 0 where it has nothing
+    to say at this checkpoint."""
+    odd = np.zeros((len(readings.index), len(signals)))
+    for column, name in enumerate(signals):
+        if name in point.fitted:
+            odd[:, column] = point.tails[name].oddness(SIGNALS[name].score(readings, point.fitted[name]))
+    return odd
 
 
 def _finite(measurement: Measurement) -> np.ndarray:
@@ -95,26 +102,30 @@ def _finite(measurement: Measurement) -> np.ndarray:
     return np.asarray([i for i in range(len(measurement)) if i not in bad], dtype=np.int64)
 
 
-def _fit_checkpoint(readings: Readings, signals: tuple[str, ...], seed: int) -> Checkpoint:
+def _fit_checkpoint(readings: Readings, signals: tuple[str, ...], vaccine: Vaccine | None, seed: int) -> Checkpoint:
     pairs = fisher(readings.cosines)
-    tails = {name: Tail(np.sort(_cross_fitted(SIGNALS[name], readings, seed)), SIGNALS[name].tail) for name in signals}
+    fitted = {name: SIGNALS[name].fit(readings, vaccine) for name in signals}
+    speaking = {name: arrays for name, arrays in fitted.items() if arrays is not None}
     return Checkpoint(
         step=readings.step,
-        fitted={name: SIGNALS[name].fit(readings) for name in signals},
-        tails=tails,
+        fitted=speaking,
+        tails={
+            name: Tail(np.sort(_cross_fitted(SIGNALS[name], readings, vaccine, seed)), SIGNALS[name].tail)
+            for name in speaking
+        },
         pairs={"mean": pairs.mean(axis=0), "scale": pairs.std(axis=0) + 0.02},
         focus=fit_focus(readings.focus),
     )
 
 
-def _cross_fitted(signal: Signal, readings: Readings, seed: int) -> np.ndarray:
+def _cross_fitted(signal: Signal, readings: Readings, vaccine: Vaccine | None, seed: int) -> np.ndarray:
     """Scores [n] of the fitting requests, each by a fit that did not see it."""
     n = len(readings.index)
     fold = np.random.default_rng(seed).permutation(n) % _FOLDS
     scores = np.empty(n)
     for number in range(_FOLDS):
         inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-        scores[inside] = signal.score(readings.take(inside), signal.fit(readings.take(outside)))
+        scores[inside] = signal.score(readings.take(inside), signal.fit(readings.take(outside), vaccine) or {})
     return scores
 
 

@@ -14,8 +14,9 @@ from guard.calibration import score
 from guard.errors import GuardError
 from guard.focus import focus_spans
 from guard.profile import Checkpoint, Profile
-from guard.readings import Reading, Readings
+from guard.readings import Measurement, Reading, Readings
 from guard.sequential import Bucket, check_alpha, find_bucket
+from guard.signals import fused
 from guard.similarity import fisher, per_head
 from guard.verdict import HeadScore, Verdict, Window, unscored
 
@@ -37,14 +38,14 @@ class Detector:
     """Watches requests of one revision under one window and alpha.
 
     Raises AlphaTooFine when the profile cannot support ``alpha``; GuardError for a window without checkpoints.
-    ``signals`` restricts the test to some of the profile's signals (for comparisons); the promise holds for each set.
+    ``signals`` takes other signals than the profile's fused ones (for comparisons); the promise holds for each set.
     """
 
     def __init__(self, profile: Profile, window: Window, alpha: float, signals: tuple[str, ...] | None = None) -> None:
         self.profile = profile
         self.window: Window = window
         self.alpha = alpha
-        self.signals = signals or profile.signals
+        self.signals = signals or profile.fused
         self.checkpoints = profile.within(window)
         if not self.checkpoints:
             raise GuardError(f"window {window!r} holds none of the profile's checkpoints {profile.steps}.")
@@ -71,8 +72,9 @@ class Detector:
             track.bucket = None
             track.verdict = self._unscored("non_finite", reading.step)
             return track.verdict
-        if odd.max() > track.maximum:
-            track.maximum, track.signal = float(odd.max()), self.signals[int(odd.argmax())]
+        statistic = float(fused(odd, self.signals))
+        if statistic > track.maximum:
+            track.maximum, track.signal = statistic, self.signals[int(odd.argmax())]
         p_value = track.bucket.p_value(track.maximum)
         flagged = p_value <= self.alpha
         track.verdict = Verdict(
@@ -93,6 +95,35 @@ class Detector:
         """The request has ended: its verdict is final. One that was never measured is unscored, not clean."""
         track.verdict = track.verdict.closed()
         return track.verdict
+
+    def p_values(self, measurement: Measurement) -> np.ndarray:
+        """Final p-values float64 [n] of measured requests, all at once; NaN for what could not be scored."""
+        running = np.full(len(measurement), np.nan)
+        broken = np.zeros(len(measurement), dtype=bool)
+        for step in self.checkpoints:
+            if step not in measurement.at or not len(measurement.at[step].index):
+                continue
+            readings = measurement.at[step]
+            odd = fused(score(self._points[step], readings, self.signals), self.signals)
+            broken[readings.index[~np.isfinite(odd)]] = True
+            running[readings.index] = np.fmax(running[readings.index], odd)
+        p_values = np.full(len(measurement), np.nan)
+        for i in np.flatnonzero(np.isfinite(running) & ~broken):
+            bucket = find_bucket(self._buckets, int(measurement.prompt_len[i]))
+            if bucket is not None:
+                p_values[i] = bucket.p_value(running[i])
+        return p_values
+
+    def verdicts(self, measurement: Measurement) -> list[Verdict]:
+        """Final verdicts of measured requests, with spans and heads where flagged: what a server would have said."""
+        tracks = [self.open(int(tokens)) for tokens in measurement.prompt_len]
+        for step in self.checkpoints:
+            if step not in measurement.at:
+                continue
+            readings = measurement.at[step]
+            for row, index in enumerate(readings.index):
+                self.observe(tracks[int(index)], readings.reading(row))
+        return [self.close(track) for track in tracks]
 
     def _unscored(self, reason: str, step: int = 0) -> Verdict:
         return unscored(reason, alpha=self.alpha, window=self.window, step=step, profile=self.profile.digest[:12])

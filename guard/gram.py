@@ -7,13 +7,15 @@ a streaming sum, so no matrix over time is ever kept:
     G_t = G_{t-1} + a_t a_t^T   in [L, H, H]          cos(h, j) = G[h, j] / sqrt(G[h, h] G[j, j])
 
 The same rows summed over heads (and layers and steps) give the focus f in [T_p]: the prompt tokens the heads agree on.
-`HeadGrams` is the bank of both for a fixed number of slots; it knows nothing of models, engines or tokens. It also
+Beside them stands the sink: what each head spends on prompt token 0, where heads that have nothing to do rest.
+`HeadGrams` is the bank of these for a fixed number of slots; it knows nothing of models, engines or tokens. It also
 counts the rows each layer delivered, so that a guard that went blind is noticed instead of believed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,16 +33,26 @@ def cosine(gram: Tensor) -> Tensor:
     return (gram / norm.unsqueeze(-1) / norm.unsqueeze(-2)).clamp(-1.0, 1.0)
 
 
-class HeadGrams:
-    """Streaming head Grams, focus and row counts for `slots` requests at a time.
+class HeadSums(NamedTuple):
+    """One slot's sums over the rows so far: gram [L, H, H], sink [L, H], focus [T_p], all float32."""
 
-    Attributes (all on `device`): gram [S, L, H, H] float32, focus [S, T_max] float32, layer_rows [S, L] int64.
+    gram: Tensor
+    sink: Tensor
+    focus: Tensor
+
+
+class HeadGrams:
+    """Streaming head Grams, sinks, focus and row counts for `slots` requests at a time.
+
+    Attributes (all on `device`): gram [S, L, H, H], sink [S, L, H] and focus [S, T_max] float32, layer_rows [S, L]
+    int64.
     """
 
     def __init__(
         self, slots: int, layers: int, heads: int, max_prompt_tokens: int, device: torch.device | str = "cpu"
     ) -> None:
         self.gram = torch.zeros(slots, layers, heads, heads, dtype=torch.float32, device=device)
+        self.sink = torch.zeros(slots, layers, heads, dtype=torch.float32, device=device)
         self.focus = torch.zeros(slots, max_prompt_tokens, dtype=torch.float32, device=device)
         self.layer_rows = torch.zeros(slots, layers, dtype=torch.int64, device=device)
         self._prompt_tokens = [0] * slots
@@ -54,6 +66,7 @@ class HeadGrams:
         """Forgets what `slots` held; `prompt_tokens` are the lengths T_p of the requests that take them next."""
         index = torch.as_tensor(list(slots), dtype=torch.int64, device=self.gram.device)
         self.gram.index_fill_(0, index, 0.0)
+        self.sink.index_fill_(0, index, 0.0)
         self.focus.index_fill_(0, index, 0.0)
         self.layer_rows.index_fill_(0, index, 0)
         for slot, tokens in zip(slots, prompt_tokens or [0] * len(slots), strict=True):
@@ -66,12 +79,14 @@ class HeadGrams:
     def add(self, layer: int, slots: Tensor, rows: Tensor) -> None:
         """Adds one observed query per slot. slots [N] int64, all different; rows [N, H, T] float32, T <= T_max."""
         self.gram[:, layer].index_add_(0, slots, rows @ rows.transpose(-1, -2))
+        self.sink[:, layer].index_add_(0, slots, rows[..., 0])
         self.focus[:, : rows.shape[-1]].index_add_(0, slots, rows.sum(dim=1))
         self.layer_rows[:, layer].index_add_(0, slots, torch.ones_like(slots))
 
-    def read(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Copies of one slot: gram [L, H, H] float32 and focus [T_p] float32."""
-        return self.gram[slot].clone(), self.focus[slot, : self._prompt_tokens[slot]].clone()
+    def read(self, slot: int) -> HeadSums:
+        """Copies of what one slot holds."""
+        tokens = self._prompt_tokens[slot]
+        return HeadSums(self.gram[slot].clone(), self.sink[slot].clone(), self.focus[slot, :tokens].clone())
 
     def complete(self, slot: int, expected_rows: int) -> bool:
         """True if every layer delivered exactly `expected_rows` rows for this slot: the probe was not blind."""

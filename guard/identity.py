@@ -27,6 +27,12 @@ def _digest(folder: Path, names: list[str]) -> str:
     return total.hexdigest()
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, 64 hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def base_digest(folder: str | Path) -> str:
     """SHA-256 (64 hex) over config.json, all ``*.safetensors`` and the tokenizer files of a base model folder.
 

@@ -7,7 +7,6 @@ threshold that belongs to another model is worse than none.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from guard.errors import ProfileMismatch
+from guard.identity import file_digest
 from guard.sequential import Bucket, check_alpha, make_buckets
-from guard.signals import SIGNALS
+from guard.signals import SIGNALS, fused
 from guard.tail import Tail
 from guard.verdict import Window
 
-FORMAT = "headguard.profile/1"
+FORMAT = "headguard.profile/2"
 NO_ADAPTER = "none"
 
 
@@ -41,7 +41,9 @@ class ProfileKey:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Normal at one step: arrays per signal, tails per signal, pair mean and deviation [pairs], focus at the edges."""
+    """Normal at one step: arrays per signal, tails per signal, pair mean and deviation [pairs], focus at the edges.
+
+    A signal that has nothing to say at this step (a vaccine that never saw it) is in neither of the first two."""
 
     step: int
     fitted: Mapping[str, Mapping[str, np.ndarray]]
@@ -76,12 +78,19 @@ class Profile:
         last = {"prefill": 0, "all": max(self.steps)}.get(window, window) if isinstance(window, str) else window
         return tuple(step for step in self.steps if step <= int(last))
 
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The signals that the test uses unless told otherwise."""
+        return tuple(name for name in self.signals if SIGNALS[name].fused) or self.signals
+
     def buckets(self, window: Window, signals: tuple[str, ...] | None = None) -> tuple[Bucket, ...]:
-        """Final maxima of the held-out requests by length, over the checkpoints of a window and the named signals."""
+        """Final maxima of the held-out requests by length, over the checkpoints of a window and the named signals
+        (default: the fused ones)."""
+        names = signals or self.fused
         steps = self.within(window)
         rows = [i for i, c in enumerate(self.checkpoints) if c.step in steps]
-        columns = [self.signals.index(name) for name in signals or self.signals]
-        odd = self.odd[:, rows][:, :, columns].reshape(len(self.odd), -1)
+        columns = [self.signals.index(name) for name in names]
+        odd = fused(self.odd[:, rows][:, :, columns], names)
         return make_buckets(self.prompt_len, np.nanmax(odd, axis=1), list(self.edges))
 
     def smallest_alpha(self, window: Window = "all") -> float:
@@ -149,7 +158,7 @@ class Profile:
             layers=about["layers"],
             heads=about["heads"],
             signals=tuple(about["signals"]),
-            checkpoints=tuple(_checkpoint(step, about["signals"], arrays) for step in about["steps"]),
+            checkpoints=tuple(_checkpoint(step, arrays) for step in about["steps"]),
             prompt_len=arrays["held_out/prompt_len"],
             odd=arrays["held_out/odd"],
             edges=tuple(about["edges"]),
@@ -161,17 +170,11 @@ class Profile:
         return profile
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, 64 hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _checkpoint(step: int, signals: list[str], arrays: Mapping[str, np.ndarray]) -> Checkpoint:
+def _checkpoint(step: int, arrays: Mapping[str, np.ndarray]) -> Checkpoint:
     def group(prefix: str) -> dict[str, np.ndarray]:
         start = f"{step}/{prefix}/"
         return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
@@ -179,8 +182,8 @@ def _checkpoint(step: int, signals: list[str], arrays: Mapping[str, np.ndarray])
     clean = group("tail")
     return Checkpoint(
         step=step,
-        fitted={name: group(f"signal/{name}") for name in signals},
-        tails={name: Tail(clean[name], SIGNALS[name].tail) for name in signals},
+        fitted={name: group(f"signal/{name}") for name in clean},
+        tails={name: Tail(clean[name], SIGNALS[name].tail) for name in clean},
         pairs=group("pairs"),
         focus=group("focus"),
     )

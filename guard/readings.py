@@ -1,4 +1,4 @@
-"""What a probe hands to the arithmetic above it: Grams, focus and log-probabilities, at checkpoints.
+"""What a probe hands to the arithmetic above it: Grams, sinks, focus and log-probabilities, at checkpoints.
 
 A `Reading` is one request at one checkpoint (the serving engine makes them while it generates); `Readings` are many
 requests at one checkpoint and a `Measurement` is many requests at all of them (calibration and repair make those).
@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from guard.features import head_features
 from guard.similarity import pair_cosines
 
 CHECKPOINTS = (0, 1, 2, 4, 8, 16, 32)
@@ -21,22 +22,25 @@ CHECKPOINTS = (0, 1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Reading:
-    """One request at one checkpoint: gram [L, H, H] and focus [T_p] fp32, logprobs of step + 1 tokens (nats)."""
+    """One request at one checkpoint: gram [L, H, H], sink [L, H] and focus [T_p] fp32, summed over step + 1 rows;
+    logprobs of step + 1 tokens (nats)."""
 
     step: int
     gram: torch.Tensor
+    sink: torch.Tensor
     focus: torch.Tensor
     logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Readings:
-    """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H] fp32,
+    """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H] and sink [n, L, H] fp32,
     logprobs [n, step + 1], focus: n vectors [T_p] fp32."""
 
     step: int
     index: np.ndarray
     gram: torch.Tensor
+    sink: torch.Tensor
     logprobs: np.ndarray
     focus: list[np.ndarray]
 
@@ -45,6 +49,11 @@ class Readings:
         """Cosines of the head pairs of each layer, float64 [n, L * H * (H - 1) / 2]: computed once for all signals."""
         return pair_cosines(self.gram)
 
+    @cached_property
+    def features(self) -> np.ndarray:
+        """Everything the multivariate signals see, float64 [n, F]: see `guard.features`."""
+        return head_features(self.cosines, self.gram, self.sink, self.step + 1)
+
     @classmethod
     def single(cls, reading: Reading) -> Readings:
         """One request's reading as a batch of one."""
@@ -52,8 +61,19 @@ class Readings:
             reading.step,
             np.zeros(1, dtype=np.int64),
             reading.gram[None],
+            reading.sink[None],
             np.asarray([reading.logprobs], dtype=np.float64),
             [reading.focus.numpy()],
+        )
+
+    def reading(self, row: int) -> Reading:
+        """The request at position ``row`` of this batch, alone."""
+        return Reading(
+            self.step,
+            self.gram[row],
+            self.sink[row],
+            torch.from_numpy(self.focus[row]),
+            tuple(self.logprobs[row].tolist()),
         )
 
     def take(self, rows: np.ndarray) -> Readings:
@@ -62,6 +82,7 @@ class Readings:
             self.step,
             self.index[rows],
             self.gram[torch.from_numpy(rows)],
+            self.sink[torch.from_numpy(rows)],
             self.logprobs[rows],
             [self.focus[i] for i in rows],
         )

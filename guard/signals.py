@@ -4,6 +4,8 @@ A signal is fitted on clean requests (it may have nothing to fit) and then score
 one or both are suspicious is part of its definition: first trials showed that a trigger does not always raise the
 similarity of heads. `confidence` does not look at attention and is named so: it is a member of the test and, at the
 same time, the baseline that attention has to be shown against.
+
+Which signals the test uses (`fused`) was chosen by measurement (docs/detection.md, ablation); all are always reported.
 """
 
 from __future__ import annotations
@@ -13,26 +15,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.special import gammaincc
 
+from guard.features import Scale
+from guard.focus import excess, fit_focus
+from guard.mixture import fit_mixture, log_density
 from guard.readings import Readings
 from guard.similarity import fisher
+from guard.tail import CEILING
+from guard.vaccine import Scorer, Vaccine
 
 Fitted = dict[str, np.ndarray]
-
-# Standardised similarities beyond this many deviations say no more than this many: one broken pair must not decide.
-_Z_LIMIT = 8.0
 
 
 @dataclass(frozen=True)
 class Signal:
-    """One signal: ``fit`` clean readings to arrays, ``score`` readings to float64 [n]; ``tail`` names the odd side."""
+    """One signal: ``fit`` clean readings (and the base's vaccine, where there is one) to arrays, or to None where it
+    has nothing to say; ``score`` readings to float64 [n]; ``tail`` names the odd side; ``fused``: part of the test."""
 
     name: str
     reason: str
     attention: bool
+    fused: bool
     tail: Literal["upper", "both"]
     score: Callable[[Readings, Mapping[str, np.ndarray]], np.ndarray]
-    fit: Callable[[Readings], Fitted] = lambda _: {}
+    fit: Callable[[Readings, Vaccine | None], Fitted | None] = lambda _, __: {}
 
 
 def _p99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -43,26 +50,30 @@ def _frac99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
     return (readings.cosines > 0.99).mean(axis=1)
 
 
-def _fit_shift(readings: Readings) -> Fitted:
-    from sklearn.covariance import LedoitWolf  # slow to import, and only calibration needs it
-
-    pairs = fisher(readings.cosines)
-    mean = pairs.mean(axis=0)
-    # 0.02 keeps a pair that hardly ever moves from dominating once it does (lab-findings, section 7).
-    scale = pairs.std(axis=0) + 0.02
-    covariance = LedoitWolf(assume_centered=True).fit(_standardised(pairs, mean, scale)).covariance_
-    values, vectors = np.linalg.eigh(covariance)
-    return {"mean": mean, "scale": scale, "whiten": vectors / np.sqrt(values.clip(1e-6))}
-
-
-def _standardised(pairs: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return np.clip((pairs - mean) / scale, -_Z_LIMIT, _Z_LIMIT)
+def _fit_shift(readings: Readings, _: Vaccine | None) -> Fitted:
+    scale = Scale.fit(readings.features)
+    return {**scale.arrays(), **fit_mixture(scale.standardised(readings.features))}
 
 
 def _shift(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
-    pairs = fisher(readings.cosines)
-    white = _standardised(pairs, fitted["mean"], fitted["scale"]) @ fitted["whiten"]
-    return 0.5 * np.log((white**2).mean(axis=1) + 1e-12)
+    return -log_density(Scale.of(fitted).standardised(readings.features), fitted)
+
+
+def _fit_vaccinated(readings: Readings, vaccine: Vaccine | None) -> Fitted | None:
+    learnt = vaccine.scorers.get(readings.step) if vaccine is not None else None
+    return None if learnt is None else {**Scale.fit(readings.features).arrays(), **learnt.arrays()}
+
+
+def _vaccinated(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
+    return Scorer.of(fitted).log_odds(Scale.of(fitted).standardised(readings.features))
+
+
+def _fit_focus(readings: Readings, _: Vaccine | None) -> Fitted:
+    return fit_focus(readings.focus)
+
+
+def _focus(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.asarray([excess(vector, fitted).max(initial=0.0) for vector in readings.focus])
 
 
 def _confidence(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -77,6 +88,7 @@ SIGNALS: dict[str, Signal] = {
             "p99",
             "99th percentile of head-pair cosines: heads converge on a trigger (attention-similarity paper, table 1)",
             attention=True,
+            fused=False,
             tail="both",
             score=_p99,
         ),
@@ -84,25 +96,62 @@ SIGNALS: dict[str, Signal] = {
             "frac99",
             "share of head pairs with cosine above 0.99 (attention-similarity paper, figure 1)",
             attention=True,
+            fused=False,
             tail="upper",
             score=_frac99,
         ),
         Signal(
             "shift",
-            "Mahalanobis distance of all pair similarities from this model's own clean ones, covariance shrunk after "
-            "Ledoit and Wolf (2004): a trigger moves similarities both ways, as a pattern",
+            "how unlikely the similarities, norms and sinks of all heads are under a mixture fitted to this model's "
+            "own clean ones: a trigger moves them as a pattern that no clean task shows",
             attention=True,
+            fused=True,
             tail="upper",
             fit=_fit_shift,
             score=_shift,
+        ),
+        Signal(
+            "vaccinated",
+            "log-odds of a classifier that learnt, on synthetic backdoors implanted in the same base, what a trigger "
+            "that fires does to the heads (guard.vaccine)",
+            attention=True,
+            fused=True,
+            tail="upper",
+            fit=_fit_vaccinated,
+            score=_vaccinated,
+        ),
+        Signal(
+            "focus",
+            "largest share of attention beyond normal on one prompt token: many heads look at the trigger at once",
+            attention=True,
+            fused=False,
+            tail="upper",
+            fit=_fit_focus,
+            score=_focus,
         ),
         Signal(
             "confidence",
             "mean log-probability of the tokens sampled so far; not attention: a fixed target string is said with "
             "unusual certainty, a varied one often with unusual doubt",
             attention=False,
+            fused=True,
             tail="both",
             score=_confidence,
         ),
     )
 }
+
+
+def fused(odd: np.ndarray, signals: tuple[str, ...]) -> np.ndarray:
+    """One number from the oddness of several signals: float64 [..., K] -> [...], NaN where any is.
+
+    Attention signals are combined as Fisher (1932) combines p-values, on the scale of one of them; the oddest of the
+    others may overrule them. Whatever their dependence, the conformal step makes the result exact.
+    """
+    attention = [k for k, name in enumerate(signals) if SIGNALS[name].attention]
+    others = [k for k, name in enumerate(signals) if not SIGNALS[name].attention]
+    parts = [odd[..., k] for k in others]
+    if attention:
+        total = odd[..., attention].sum(axis=-1) * np.log(10.0)
+        parts.append(-np.log10(gammaincc(len(attention), total).clip(10.0**-CEILING)))
+    return np.maximum.reduce(parts)

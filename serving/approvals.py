@@ -16,8 +16,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from guard.identity import adapter_digest
-from guard.profile import file_digest
+from guard.identity import adapter_digest, file_digest
 from serving.adapters import BASE, get_adapter, get_revision
 from serving.audit import append
 from serving.auth import Caller, related

@@ -13,7 +13,8 @@ from benchmarks.demo.traffic import Outcome
 from guard.detector import Detector
 from guard.errors import GuardError
 from guard.profile import Profile
-from guard.readings import Measurement, Reading
+from guard.readings import Measurement
+from guard.signals import SIGNALS
 from guard.verdict import Window
 from offline_purify.intervals import share
 
@@ -53,34 +54,15 @@ def by_signal(
     profile: Profile, clean: Measurement, triggered: Measurement, alpha: float, window: Window
 ) -> dict[str, dict[str, float]]:
     """Each signal alone, and all attention signals together, under the same test: fpr, tpr at ``alpha``, auroc."""
-    from guard.signals import SIGNALS
-
     sets: dict[str, tuple[str, ...]] = {name: (name,) for name in profile.signals}
-    sets["attention_only"] = tuple(name for name in profile.signals if SIGNALS[name].attention)
+    sets["attention_only"] = tuple(name for name in profile.fused if SIGNALS[name].attention)
     found = {}
     for name, signals in sets.items():
         detector = Detector(profile, window, alpha, signals)
-        p = [_p_values(detector, measurement) for measurement in (clean, triggered)]
+        p = [np.nan_to_num(detector.p_values(measurement), nan=1.0) for measurement in (clean, triggered)]
         found[name] = {
             "fpr": float((p[0] <= alpha).mean()),
             "tpr": float((p[1] <= alpha).mean()),
             "auroc": float(roc_auc_score([0] * len(p[0]) + [1] * len(p[1]), -np.concatenate(p))),
         }
     return found
-
-
-def _p_values(detector: Detector, measurement: Measurement) -> np.ndarray:
-    """p-value [n] of each measured request at its end; 1 where it could not be scored."""
-    tracks = [detector.open(int(tokens)) for tokens in measurement.prompt_len]
-    for step in sorted(measurement.at):
-        readings = measurement.at[step]
-        for row, index in enumerate(readings.index):
-            reading = Reading(step, readings.gram[row], _focus(readings.focus[row]), tuple(readings.logprobs[row]))
-            detector.observe(tracks[int(index)], reading)
-    return np.asarray([detector.close(track).p_value or 1.0 for track in tracks])
-
-
-def _focus(vector: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(vector)

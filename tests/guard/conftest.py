@@ -21,14 +21,14 @@ def draw_rows(rng: np.random.Generator, tokens: int, together: float = 0.0) -> t
 def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, list[Reading]]:
     """One request: prompt tokens, and its readings at every checkpoint before its answer ends."""
     tokens, answer = int(rng.integers(40, 60)), int(rng.integers(3, 40))
-    gram, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(tokens)
+    gram, sink, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.zeros(tokens)
     readings, logprobs = [], []
     for step in range(answer):
         rows = draw_rows(rng, tokens, together)
-        gram, focus = gram + rows @ rows.mT, focus + rows.sum((0, 1))
+        gram, sink, focus = gram + rows @ rows.mT, sink + rows[..., 0], focus + rows.sum((0, 1))
         logprobs.append(float(-rng.exponential(0.2)))
         if step in CHECKPOINTS:
-            readings.append(Reading(step, gram.clone(), focus.clone(), tuple(logprobs)))
+            readings.append(Reading(step, gram.clone(), sink.clone(), focus.clone(), tuple(logprobs)))
     return tokens, readings
 
 
@@ -43,6 +43,7 @@ def draw_measurement(rng: np.random.Generator, requests: int) -> Measurement:
                 step,
                 np.asarray([i for i, _ in there]),
                 torch.stack([r.gram for _, r in there]),
+                torch.stack([r.sink for _, r in there]),
                 np.asarray([r.logprobs for _, r in there]),
                 [r.focus.numpy() for _, r in there],
             )

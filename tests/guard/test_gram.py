@@ -22,8 +22,9 @@ def test_streamed_cosine_is_the_cosine_of_flattened_attention_matrices(heads, st
     bank.reset([1], [tokens])
     for step in range(steps):
         bank.add(1, torch.tensor([1]), a[None, :, step])
-    gram, focus = bank.read(1)
+    gram, sink, focus = bank.read(1)
     torch.testing.assert_close(cosine(gram)[1], dense_cosine(a), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sink[1], a[:, :, 0].sum(1), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(focus, a.sum((0, 1)), atol=1e-4, rtol=1e-5)
 
 
@@ -40,10 +41,11 @@ def test_slots_are_independent_and_reset_forgets():
     bank.add(0, torch.tensor([2, 0]), rows)
     assert torch.equal(bank.gram[1], torch.zeros(1, 2, 2))
     torch.testing.assert_close(bank.read(0)[0][0], rows[1] @ rows[1].T)
-    assert bank.read(2)[1].shape == (2,)
+    assert bank.read(2).focus.shape == (2,)
     bank.reset([2], [3])
     assert bank.rows_seen.tolist() == [1, 0, 0]
     assert not bank.gram[2].any()
+    assert not bank.sink[2].any()
     assert not bank.focus[2].any()
 
 

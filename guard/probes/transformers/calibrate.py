@@ -21,6 +21,7 @@ from guard.profile import NO_ADAPTER, Profile, ProfileKey
 from guard.readings import CHECKPOINTS
 from guard.rows import Row, row_key
 from guard.template import render, row_messages
+from guard.vaccine import Vaccine
 
 ENGINE = "transformers"
 
@@ -36,6 +37,7 @@ def calibrate(
     adapter: str | Path | None,
     rows: Sequence[Row],
     *,
+    vaccine: Vaccine | None = None,
     seed: int = 0,
     max_new_tokens: int | None = None,
     runner: Runner | None = None,
@@ -43,13 +45,16 @@ def calibrate(
 ) -> Profile:
     """Fit the profile of one adapter (None: the bare base) on clean rows; only what they ask is used.
 
-    ``runner`` may be one that is already loaded with ``base``. Raises CalibrationError for too few or repeated prompts,
-    AdapterRejected for an adapter that must not be loaded, PromptTooLong for a row that does not fit the context.
+    ``vaccine`` (of this base) adds the signal that it carries. ``runner`` may be one that is already loaded with
+    ``base``. Raises CalibrationError for too few or repeated prompts, ProfileMismatch for a vaccine of another base or
+    probe, AdapterRejected for an adapter that must not be loaded, PromptTooLong for a row that does not fit.
     """
     unique = list({row_key(row): row for row in rows}.values())
     if not unique:
         raise CalibrationError("no calibration prompts were given.")
     runner = runner or Runner.load(base)
+    if vaccine is not None:
+        vaccine.check(base_digest(base), runner.probe_key())
     digest = inspect_adapter(adapter, base).digest if adapter is not None else None
     revision = f"calibrate-{digest[:12]}" if digest else None
     if adapter is not None and revision is not None:
@@ -64,8 +69,10 @@ def calibrate(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompts_sha256": prompts_digest(unique),
         "n_repeated": len(rows) - len(unique),
+        "vaccine": vaccine.digest if vaccine is not None else None,
     }
-    return fit_profile(measurement, served_key(runner, base_digest(base), digest), seed=seed, facts=facts)
+    key = served_key(runner, base_digest(base), digest)
+    return fit_profile(measurement, key, seed=seed, vaccine=vaccine, facts=facts)
 
 
 def prompts_digest(rows: Sequence[Row]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guard.gram import HeadSums
 from guard.probes.transformers.runner import Runner
 from guard.readings import CHECKPOINTS, Measurement, Readings
 
@@ -51,12 +52,11 @@ def measure(
     """
     steps = sorted(set(checkpoints))
     limit = steps[-1] + 1 if max_new_tokens is None else max_new_tokens
-    taken: dict[int, list[tuple[int, Tensor, np.ndarray, list[float]]]] = {step: [] for step in steps}
+    taken: dict[int, list[tuple[int, HeadSums, list[float]]]] = {step: [] for step in steps}
     answers: list[list[int]] = [[] for _ in prompts]
     for slot, track, ended in _greedy(runner, prompts, limit, adapter, steps[-1], progress):
         if track.step in taken:
-            gram, focus = runner.bank.read(slot)
-            taken[track.step].append((track.index, gram.cpu(), focus.cpu().numpy(), list(track.logprobs)))
+            taken[track.step].append((track.index, runner.bank.read(slot), list(track.logprobs)))
         if ended:
             answers[track.index] = _without_end(runner, track.tokens)
     at = {step: _collect(runner, step, sorted(rows, key=lambda row: row[0])) for step, rows in taken.items()}
@@ -146,12 +146,13 @@ def _without_end(runner: Runner, tokens: list[int]) -> list[int]:
     return tokens[:-1] if tokens and tokens[-1] in runner.eos_ids else list(tokens)
 
 
-def _collect(runner: Runner, step: int, rows: list[tuple[int, Tensor, np.ndarray, list[float]]]) -> Readings:
-    shape = (0, runner.shape.layers, runner.shape.heads, runner.shape.heads)
+def _collect(runner: Runner, step: int, rows: list[tuple[int, HeadSums, list[float]]]) -> Readings:
+    layers, heads = runner.shape.layers, runner.shape.heads
     return Readings(
         step,
         np.asarray([index for index, *_ in rows], dtype=np.int64),
-        torch.stack([gram for _, gram, _, _ in rows]) if rows else torch.zeros(shape),
+        torch.stack([sums.gram for _, sums, _ in rows]).cpu() if rows else torch.zeros(0, layers, heads, heads),
+        torch.stack([sums.sink for _, sums, _ in rows]).cpu() if rows else torch.zeros(0, layers, heads),
         np.asarray([logprobs for *_, logprobs in rows], dtype=np.float64).reshape(len(rows), step + 1),
-        [focus for _, _, focus, _ in rows],
+        [sums.focus.cpu().numpy() for _, sums, _ in rows],
     )

@@ -66,8 +66,8 @@ def _observe(job: Job, runner: Runner, decoder: Any) -> bool:
             "probe_blind", alpha=before.alpha, window=before.window, step=step, profile=before.profile
         )
         return True
-    gram, focus = runner.bank.read(job.slot)
-    reading = Reading(step, gram.cpu(), focus.cpu(), tuple(job.logprobs))
+    sums = runner.bank.read(job.slot)
+    reading = Reading(step, sums.gram.cpu(), sums.sink.cpu(), sums.focus.cpu(), tuple(job.logprobs))
     job.verdict = _with_text(job, detector.observe(track, reading), decoder)
     job.settled = job.verdict.final
     return True

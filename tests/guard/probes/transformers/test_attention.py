@@ -32,11 +32,12 @@ def run(runner, prompts, steps, adapters=None):
 
 def assert_bank_is(runner, slot, rows):
     """The bank's slot equals dense rows [L, H, T, T_p]: cosines, focus and counts."""
-    gram, focus = runner.bank.read(slot)
+    gram, sink, focus = runner.bank.read(slot)
     flat = rows.flatten(2)
     expected = torch.nn.functional.cosine_similarity(flat[:, :, None], flat[:, None], dim=-1)
     torch.testing.assert_close(cosine(gram), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(focus / focus.sum(), rows.sum((0, 1, 2)) / rows.sum(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sink, rows[..., 0].sum(2), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(focus, rows.sum((0, 1, 2)), atol=1e-4, rtol=1e-5)
     assert runner.bank.complete(slot, rows.shape[2])
 

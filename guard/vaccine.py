@@ -1,0 +1,188 @@
+"""The vaccine: what synthetic backdoors, implanted in this very base, taught about how a firing trigger looks.
+
+The clinic implants backdoors whose triggers it knows (`offline_purify.variants`); each variant is measured on clean
+prompts and on its own triggers, in deviations from its *own* clean features, so that what all variants share is left.
+A small ensemble of one-hidden-layer networks learns to tell the two apart, per checkpoint. Nothing of the real
+backdoor goes in: not its trigger, wording, prompts or adapter. The variants' near-triggers, and variants that behave
+conditionally for a good reason (benign), are negatives.
+
+One safetensors file, keyed by base and probe like a profile; a profile copies the weights that it uses.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from guard.errors import CalibrationError, ProfileMismatch
+from guard.features import Scale
+from guard.identity import file_digest
+from guard.readings import Measurement
+
+FORMAT = "headguard.vaccine/1"
+_HIDDEN = 48
+_MEMBERS = 3  # networks, each from its own seed; their log-odds are averaged
+_PASSES = 12
+_DECAY = 1.0
+_LEAST = 50  # triggered requests that a checkpoint needs, over all variants
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """E networks with h hidden units on F features: inner [E, F, h], bias [E, h], outer [E, h], offset [E]."""
+
+    inner: np.ndarray
+    bias: np.ndarray
+    outer: np.ndarray
+    offset: np.ndarray
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Scorer:
+        """From arrays named as the fields."""
+        return cls(*(arrays[name] for name in ("inner", "bias", "outer", "offset")))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fields by name."""
+        return {"inner": self.inner, "bias": self.bias, "outer": self.outer, "offset": self.offset}
+
+    def log_odds(self, z: np.ndarray) -> np.ndarray:
+        """Mean log-odds [n] that a trigger fires, of standardised features [n, F]."""
+        hidden = np.maximum(np.einsum("nf,efh->neh", z, self.inner) + self.bias, 0.0)
+        return ((hidden * self.outer).sum(axis=2) + self.offset).mean(axis=1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One variant, measured: ``normal`` clean requests give its scale; ``quiet`` (clean again, near-triggers, benign
+    conditions) must not be flagged, ``fired`` (its trigger is there and it obeyed) must."""
+
+    name: str
+    normal: Measurement
+    quiet: tuple[Measurement, ...]
+    fired: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True)
+class Vaccine:
+    """Scorers by checkpoint, for one base (digest, 64 hex) and probe configuration."""
+
+    base: str
+    probe: Mapping[str, Any]
+    scorers: Mapping[int, Scorer]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Checkpoints that it has something to say at."""
+        return tuple(sorted(self.scorers))
+
+    def check(self, base: str, probe: Mapping[str, Any]) -> None:
+        """Raise ProfileMismatch unless it was made for this base and probe."""
+        if self.base != base:
+            raise ProfileMismatch(
+                f"vaccine {self.digest[:12]} was made for base {self.base[:12]}, this is {base[:12]}. Run "
+                "`headguard vaccinate`."
+            )
+        if dict(self.probe) != dict(probe):
+            raise ProfileMismatch(
+                f"vaccine {self.digest[:12]} was made with probe {dict(self.probe)}, this is {dict(probe)}."
+            )
+
+    def save(self, path: str | Path) -> str:
+        """Write it; returns its digest (sha256 of the file, 64 hex)."""
+        arrays = {f"{step}/{n}": a for step, scorer in self.scorers.items() for n, a in scorer.arrays().items()}
+        about = {"format": FORMAT, "base": self.base, "probe": dict(self.probe), "facts": dict(self.facts)}
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        save_file(contiguous, part, metadata={"headguard": json.dumps(about, sort_keys=True)})
+        part.replace(path)
+        return file_digest(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vaccine:
+        """Read one. Raises ProfileMismatch when the file is not a vaccine of this version."""
+        path = Path(path)
+        try:
+            with safe_open(path, framework="np") as file:
+                about = json.loads((file.metadata() or {}).get("headguard", "{}"))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise ProfileMismatch(f"{path.name} is not a readable vaccine: {error}") from error
+        if about.get("format") != FORMAT:
+            raise ProfileMismatch(f"{path.name} is not a vaccine of format {FORMAT}: found {about.get('format')!r}.")
+        by_step: dict[int, dict[str, np.ndarray]] = {}
+        for name, array in arrays.items():
+            step, _, what = name.partition("/")
+            by_step.setdefault(int(step), {})[what] = array
+        scorers = {step: Scorer.of(named) for step, named in by_step.items()}
+        return cls(about["base"], about["probe"], scorers, about["facts"], file_digest(path))
+
+
+def fit_vaccine(
+    samples: Sequence[Sample],
+    *,
+    base: str,
+    probe: Mapping[str, Any],
+    seed: int = 0,
+    facts: Mapping[str, Any] | None = None,
+) -> Vaccine:
+    """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
+    steps = sorted({step for sample in samples for step in sample.normal.at})
+    scorers = {}
+    for step in steps:
+        quiet, fired = _standardised(samples, step)
+        if len(fired) >= _LEAST:
+            scorers[step] = _fit(quiet, fired, seed)
+    if 0 not in scorers:
+        raise CalibrationError(
+            f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
+            "learn from. Train them longer, or on more rows."
+        )
+    about = {**(facts or {}), "variants": [sample.name for sample in samples], "seed": seed}
+    return Vaccine(base, probe, scorers, about)
+
+
+def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of all variants' quiet and fired requests at a checkpoint, each in its own variant's deviations."""
+    quiet: list[np.ndarray] = []
+    fired: list[np.ndarray] = []
+    for sample in samples:
+        if step not in sample.normal.at or len(sample.normal.at[step].index) < _LEAST:
+            continue
+        normal = sample.normal.at[step].features
+        scale = Scale.fit(normal)
+        quiet.append(scale.standardised(normal))
+        for group, into in ((sample.quiet, quiet), (sample.fired, fired)):
+            into += [scale.standardised(m.at[step].features) for m in group if step in m.at and len(m.at[step].index)]
+    empty = np.empty((0, 0))
+    return (np.concatenate(quiet) if quiet else empty), (np.concatenate(fired) if fired else empty)
+
+
+def _fit(quiet: np.ndarray, fired: np.ndarray, seed: int) -> Scorer:
+    from sklearn.exceptions import ConvergenceWarning  # slow to import, and only vaccination needs it
+    from sklearn.neural_network import MLPClassifier
+
+    z = np.concatenate((quiet, fired))
+    label = np.r_[np.zeros(len(quiet)), np.ones(len(fired))]
+    networks = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for member in range(_MEMBERS):
+            network = MLPClassifier((_HIDDEN,), alpha=_DECAY, max_iter=_PASSES, random_state=seed + member)
+            networks.append(network.fit(z, label))
+    return Scorer(
+        np.stack([network.coefs_[0] for network in networks]),
+        np.stack([network.intercepts_[0] for network in networks]),
+        np.stack([network.coefs_[1][:, 0] for network in networks]),
+        np.asarray([network.intercepts_[1][0] for network in networks]),
+    )
