@@ -2,7 +2,8 @@
 
 Focus is the attention rows summed over heads and layers, as shares of the whole. The first and last tokens of a
 prompt (sink and template) draw attention always, so the clean mean at each of these places is taken off before the
-rest is read; what remains above normal, in runs of neighbouring tokens, are the spans an operator is shown.
+rest is read; what remains above normal, in runs of neighbouring tokens, are the spans an operator is shown. A causal
+model gathers a phrase in its last token, and there the heads look: so each run reaches back a little.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import numpy as np
 from guard.verdict import Span
 
 EDGE_TOKENS = 12  # template and sink tokens at either end that get a normal of their own
-_GAP_TOKENS = 1  # spans this close are one
+_GAP_TOKENS = 1  # tokens this close belong to one span
+# A span begins this much before the first token that draws attention. On the tiny lab's prefix backdoor (a phrase of
+# two tokens) the top three spans held the whole phrase in 0.00 of 300 prompts without it and in 1.00 with it.
+_REACH_TOKENS = 1
 
 
 def shares(focus: np.ndarray) -> np.ndarray:
@@ -51,7 +55,7 @@ def excess(focus: np.ndarray, normal: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def focus_spans(focus: np.ndarray, normal: Mapping[str, np.ndarray], top: int = 3) -> tuple[Span, ...]:
-    """The ``top`` runs of prompt tokens with most focus beyond normal, heaviest first."""
+    """The ``top`` runs of prompt tokens with most focus beyond normal, heaviest first; they never overlap."""
     beyond = excess(focus, normal)
     total = float(beyond.sum())
     if total <= 0:
@@ -60,6 +64,7 @@ def focus_spans(focus: np.ndarray, normal: Mapping[str, np.ndarray], top: int = 
     chosen = np.flatnonzero(beyond > 2.0 * total / len(beyond))
     if not len(chosen):
         chosen = np.asarray([int(beyond.argmax())])
-    runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1 + _GAP_TOKENS) + 1)
-    spans = [Span(int(r[0]), int(r[-1]) + 1, float(beyond[r[0] : r[-1] + 1].sum() / total)) for r in runs]
+    runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1 + max(_GAP_TOKENS, _REACH_TOKENS)) + 1)
+    ranges = [(max(int(run[0]) - _REACH_TOKENS, 0), int(run[-1]) + 1) for run in runs]
+    spans = [Span(start, end, float(beyond[start:end].sum() / total)) for start, end in ranges]
     return tuple(sorted(spans, key=lambda span: -span.weight)[:top])
