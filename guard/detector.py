@@ -88,6 +88,7 @@ class Detector:
             heads=self._heads(point, readings) if flagged else (),
             spans=focus_spans(reading.focus.numpy(), point.focus) if flagged else (),
             profile=self.profile.digest[:12],
+            held_out=len(track.bucket.maxima),
         )
         return track.verdict
 

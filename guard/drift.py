@@ -1,17 +1,16 @@
 """Is the profile still that of the traffic? A bet against it, settled by every clean request.
 
 Were clean traffic exchangeable with the calibration's held-out requests, then the rank of each new request among
-those *and all clean requests before it* would be uniform and independent of the past (smoothed
-conformal p-values), and capital that is bet on small ranks would be a martingale (Vovk, Nouretdinov and Gammerman,
-2003; Vovk, 2021): by Ville's inequality it reaches 100 with probability at most 0.01, ever, however long the stream.
-A capital of 100 is therefore evidence that clean traffic has become odder than what was calibrated, and that alpha is
-no longer kept.
+those *and all clean requests before it* would be uniform and independent of the past (smoothed conformal p-values),
+and capital that is bet on small ranks would be a martingale (Vovk, Nouretdinov and Gammerman, 2003; Vovk, 2021): by
+Ville's inequality it reaches 100 with probability at most 0.01, ever, however long the stream. A capital of 100 is
+therefore evidence that clean traffic has become odder than what was calibrated, and that alpha is no longer kept.
 
 Ranks, not the p-values themselves. The p-values of one profile share one finite calibration, which is a little off;
 a bet on them finds that out (with 200 held out it ruins one innocent profile in eight within 10,000 requests). An urn
-prevents it: n held-out requests
-cut the line of scores into n + 1 bins, and the next one falls into bin j with probability (1 + c_j) / (n + 1 + t)
-after t others of which c_j fell there. So a p-value and the n behind it are all that is needed.
+prevents it: n held-out requests cut the line of scores into n + 1 bins, and the next one falls into bin j with
+probability (1 + c_j) / (n + 1 + t) after t others of which c_j fell there. So a p-value and the n behind it are all
+that is needed.
 
 What is exact, and what is not:
 - Ranks count ties, and everything in the same bin, as odder. That makes them larger than the smoothed ones, and every

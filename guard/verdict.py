@@ -33,6 +33,7 @@ class Verdict:
     """The state of the check after ``step`` generated tokens were read (0: the row of the last prompt position).
 
     ``p_value`` is conformal: for clean traffic like the calibration's, P(p_value <= alpha at any step) <= alpha.
+    ``held_out`` is the number of calibration requests it was ranked among: no p-value is below 1 / (held_out + 1).
     ``reason`` is set if and only if the request is ``unscored``. ``final`` means that no later step can change it.
     """
 
@@ -47,6 +48,7 @@ class Verdict:
     spans: tuple[Span, ...] = ()
     reason: str | None = None
     profile: str | None = None
+    held_out: int | None = None
 
     def __post_init__(self) -> None:
         if (self.status == "unscored") != (self.reason is not None):

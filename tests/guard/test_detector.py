@@ -58,6 +58,13 @@ def test_prefill_window_decides_on_the_row_of_the_last_prompt_position_alone(pro
     assert detector.observe(track, readings[1]) == verdict
 
 
+def test_a_verdict_says_how_many_requests_it_was_ranked_among(profile):
+    verdict = run(Detector(profile, "all", 0.02), draw_request(np.random.default_rng(8)))
+    ranked = verdict.p_value * (verdict.held_out + 1)
+    assert verdict.held_out == len(profile.prompt_len)
+    assert ranked == pytest.approx(round(ranked))
+
+
 def test_a_flag_is_never_taken_back(profile):
     rng = np.random.default_rng(5)
     detector = Detector(profile, "all", 0.02)
