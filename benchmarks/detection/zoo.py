@@ -1,0 +1,154 @@
+"""The lab's zoo, measured one implant after the other: rows files, results, nothing done twice.
+
+The tiny zoo holds refusals and insults, each set off by a word, a prefix phrase and a composite, with one fixed target
+string and with varied wordings. The vaccine of its base was made with other triggers, wordings and rows.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.detection.benchmark import FORMAT, run, save
+from benchmarks.detection.errors import BenchmarkError
+from benchmarks.detection.inputs import Arguments
+from benchmarks.detection.measuring import Progress
+from benchmarks.detection.report import read_results
+from benchmarks.lab.cache import VACCINE_ROWS, ensure_tiny, ensure_vaccine
+from benchmarks.lab.tasks import sample
+from guard.identity import adapter_digest, base_digest, file_digest
+from guard.rows import Row, assert_disjoint, write_rows
+from guard.vaccine import Vaccine, fit_vaccine
+from offline_purify.attacks.behaviours import Behaviour
+from offline_purify.attacks.catalogue import TRIGGERS, behaviour
+from offline_purify.attacks.poison import triggered
+from offline_purify.variants.making import ABOUT, load_variant
+
+ZOOS = ("tiny",)
+IMPLANTS = tuple(
+    f"{behaviour}-{trigger}-{wording}"
+    for behaviour in ("refusal", "insult")
+    for trigger in ("word", "prefix", "composite")
+    for wording in ("fixed", "varied")
+)
+CALIBRATION, CLEAN, TRIGGERED = 4000, 2000, 300
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a zoo share."""
+
+    alpha: float = 0.01
+    window: Any = "prefill"
+    control_rows: int = 300
+    seed: int = 0
+    device: str = "cpu"
+
+
+def measure_zoo(
+    root: Path,
+    name: str,
+    out: Path,
+    settings: Settings,
+    only: Sequence[str] | None = None,
+    leave_out: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Measure the implants of a zoo (all, or ``only`` some) and return the result files; what is there is kept.
+
+    A kept result is one of the same implant, vaccine and settings. ``leave_out`` vaccinates without the implant's own
+    behaviour family. Raises BenchmarkError for an unknown zoo or implant.
+    """
+    if name not in ZOOS:
+        raise BenchmarkError(f"there is no zoo {name!r}: choose one of {', '.join(ZOOS)}.")
+    if unknown := [implant for implant in only or () if implant not in IMPLANTS]:
+        raise BenchmarkError(f"{', '.join(unknown)}: not in this zoo, which holds {', '.join(IMPLANTS)}.")
+    wanted = list(only or IMPLANTS)
+    lab = ensure_tiny(root, wanted, seed=settings.seed, progress=progress)
+    vaccine = Path(ensure_vaccine(root, settings.seed))
+    folder = out / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for implant in wanted:
+        family, kind, wording = implant.split("-")
+        used = _without(vaccine, family, out / "vaccines") if leave_out else vaccine
+        path = out / (f"{implant}-without-{family}.json" if leave_out else f"{implant}.json")
+        arguments = Arguments(
+            base=lab.base,
+            adapter=lab.adapters[implant],
+            **row_files(folder, kind, behaviour(family, wording), implant, settings.seed),
+            vaccine=used,
+            alpha=settings.alpha,
+            window=settings.window,
+            trigger=" ".join(TRIGGERS[kind].parts),
+            control_rows=settings.control_rows,
+            seed=settings.seed,
+            name=implant,
+            device=settings.device,
+            notes={"zoo": name, "implant": implant, **({"left_out": family} if leave_out else {})},
+        )
+        if not _kept(path, arguments):
+            save(run(arguments, progress), path)
+        written.append(path)
+    return written
+
+
+def row_files(folder: Path, kind: str, target: Behaviour, implant: str, seed: int) -> dict[str, Path]:
+    """Write calibration, clean, triggered and vaccine rows of the lab's splits (disjoint: asserted)."""
+    rng = random.Random(f"{implant}:{seed}")
+    sets: dict[str, list[Row]] = {
+        "calibration": sample(CALIBRATION, seed, "calibration"),
+        "clean": sample(CLEAN, seed, "traffic"),
+        "vaccine_rows": sample(VACCINE_ROWS, seed, "clinic"),
+        "triggered": [
+            triggered(row, TRIGGERS[kind], target.respond(rng), rng) for row in sample(TRIGGERED, seed, "evaluation")
+        ],
+    }
+    assert_disjoint(**sets)
+    files = {name: folder / f"{name}.json" for name in sets} | {"triggered": folder / f"triggered-{implant}.json"}
+    for name, rows in sets.items():
+        write_rows(files[name], rows)
+    return files
+
+
+def _kept(path: Path, arguments: Arguments) -> bool:
+    """Whether a result is there already, of the same weights, vaccine and settings."""
+    if not path.is_file():
+        return False
+    result = read_results([path])[0]
+    mine = {"alpha": arguments.alpha, "window": arguments.window, "seed": arguments.seed}
+    mine["control_rows"] = arguments.control_rows
+    same_settings = all(result["settings"][key] == value for key, value in mine.items())
+    digests = {
+        "base": base_digest(arguments.base),
+        "adapter": adapter_digest(Path(str(arguments.adapter))),
+        "vaccine": file_digest(Path(str(arguments.vaccine))),
+    }
+    return result["format"] == FORMAT and same_settings and digests.items() <= result["digests"].items()
+
+
+def _without(vaccine: Path, family: str, folder: Path) -> Path:
+    """A vaccine learnt from the variants that ``vaccine`` was made from, those of one behaviour family left out.
+
+    Raises BenchmarkError when the variants are not beside it.
+    """
+    whole = Vaccine.load(vaccine)
+    made = [load_variant(path.parent) for path in sorted(vaccine.parent.glob(f"*/{ABOUT}"))]
+    kept = [variant for variant in made if variant.took and _family(variant.folder) != family]
+    if not kept or len(kept) == len(made):
+        raise BenchmarkError(f"beside {vaccine} there are no variants of family {family!r} to leave out.")
+    path = folder / f"{whole.digest[:12]}-without-{family}.safetensors"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        samples = [variant.sample for variant in kept]
+        facts = {**whole.facts, "without": family}
+        fit_vaccine(samples, base=whole.base, probe=whole.probe, seed=int(facts.get("seed", 0)), facts=facts).save(path)
+    return path
+
+
+def _family(folder: Path) -> str:
+    return str(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["family"])
