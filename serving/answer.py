@@ -27,6 +27,7 @@ from serving.events import Done, Event, StreamBroken, encode
 from serving.holdback import CHECK_SECONDS, Finish, Opened, Pass, Transcript, hold_back, read_verdict
 from serving.metrics import Metrics
 from serving.policy import Decision, Policy, decide
+from serving.staleness import Staleness
 
 log = logging.getLogger(__name__)
 PATHS = {"chat": "/v1/chat/completions", "text": "/v1/completions"}
@@ -82,12 +83,13 @@ class Answers:
         base: str,
         in_flight: InFlight,
         metrics: Metrics,
+        staleness: Staleness,
         keep: Callable[[Flag], None],
         timeout_s: float,
         detail: Literal["full", "status"],
     ) -> None:
         self._engine, self._base, self._in_flight = engine, base, in_flight
-        self._metrics, self._keep = metrics, keep
+        self._metrics, self._staleness, self._keep = metrics, staleness, keep
         self._timeout_s, self._detail = timeout_s, detail
         self._keeping: set[asyncio.Task[None]] = set()
 
@@ -137,6 +139,8 @@ class Answers:
 
     async def _account(self, ask: Ask, leg: Leg, verdict: Verdict, decision: Decision, text: str) -> None:
         self._metrics.count(ask.route.alias, leg.revision, leg.policy, verdict, decision)
+        if leg.revision == ask.route.revision:  # whoever answers rerouted requests sees attacks, not clean traffic
+            self._staleness.observe(leg.revision, verdict)
         log.info(
             "answered",
             extra={

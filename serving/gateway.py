@@ -25,6 +25,7 @@ from serving.evidence import Sealer
 from serving.metrics import Metrics
 from serving.restore import restore
 from serving.settings import Settings
+from serving.staleness import Staleness
 from serving.store.database import Store
 from serving.store.models import Adapter, Repair, Revision
 from serving.swap import Swapper
@@ -52,6 +53,7 @@ class Gateway:
         self.store = Store(settings.database, settings.state_dir)
         self.sealer = Sealer.open(settings.state_dir, settings.evidence)
         self.metrics = Metrics()
+        self.staleness = Staleness()
         self.in_flight = InFlight()
         self.aliases = Aliases(self.store, settings.served_name, settings.policy)
         self.registry = Registry(self.store, settings.state_dir, settings.model, settings.served_name, settings.policy)
@@ -60,8 +62,8 @@ class Gateway:
             self.store, engine, self.aliases, self.in_flight, self.metrics, settings.policy, settings.drain_timeout_s
         )
         self.answers = Answers(
-            engine, settings.served_name, self.in_flight, self.metrics, self.cases.keep, settings.request_timeout_s,
-            settings.client_verdict,
+            engine, settings.served_name, self.in_flight, self.metrics, self.staleness, self.cases.keep,
+            settings.request_timeout_s, settings.client_verdict,
         )  # fmt: skip
 
     async def start(self) -> None:
@@ -136,7 +138,7 @@ class Gateway:
         for state in _REPAIR_STATES:
             metrics.repairs.labels(state).set(counts.get(state, 0))
         metrics.approvals_pending.set(counts.get("offered", 0))
-        for gauge in (metrics.adapters, metrics.calibration):
+        for gauge in (metrics.adapters, metrics.calibration, metrics.profile_stale, metrics.profile_drift):
             gauge.clear()
         for adapter in adapters:
             for role, name in (("live", adapter.live_revision), ("standby", adapter.previous_revision)):
@@ -146,6 +148,9 @@ class Gateway:
             if live and live.profile_digest:
                 metrics.calibration.labels(adapter.alias, live.profile_digest).set(1)
                 metrics.calibrated_at.labels(adapter.alias).set(live.profile_at or 0)
+                drift = self.staleness.of(live.revision, live.profile_digest)
+                metrics.profile_stale.labels(adapter.alias, live.revision).set(drift.stale)
+                metrics.profile_drift.labels(adapter.alias, live.revision).set(drift.log10_capital)
         for repair in repairs:
             _show_repair(metrics, repair)
 

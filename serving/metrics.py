@@ -73,6 +73,14 @@ class Metrics:
             "guard_calibration_timestamp_seconds", "When the profile of a live model was accepted.",
             ["model_name"], registry=self.registry,
         )  # fmt: skip
+        self.profile_stale = Gauge(
+            "guard_profile_stale", "1 once clean traffic was found odder than the profile of a live model, else 0.",
+            ["model_name", "adapter"], registry=self.registry,
+        )  # fmt: skip
+        self.profile_drift = Gauge(
+            "guard_profile_drift_log10_capital", "log10 of the capital bet against the profile of a live model.",
+            ["model_name", "adapter"], registry=self.registry,
+        )  # fmt: skip
         self.quarantine = Gauge(
             "guard_quarantine_records", "Flagged requests in cases.", ["state"], registry=self.registry
         )
