@@ -25,7 +25,6 @@ from safetensors.numpy import save_file
 from guard.errors import CalibrationError, ProfileMismatch
 from guard.features import Scale
 from guard.identity import file_digest
-from guard.readings import Measurement
 
 FORMAT = "headguard.vaccine/1"
 _HIDDEN = 48
@@ -59,15 +58,19 @@ class Scorer:
         return ((hidden * self.outer).sum(axis=2) + self.offset).mean(axis=1)
 
 
+Steps = Mapping[int, np.ndarray]
+"""Features [n, F] by checkpoint."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One variant, measured: ``normal`` clean requests give its scale; ``quiet`` (clean again, near-triggers, benign
-    conditions) must not be flagged, ``fired`` (its trigger is there and it obeyed) must."""
+    """One variant, measured: ``normal`` clean requests give its scale (and are negatives); ``quiet`` ones (near
+    triggers, strange words, benign conditions) must not be flagged, ``fired`` (trigger there and obeyed) must."""
 
     name: str
-    normal: Measurement
-    quiet: tuple[Measurement, ...]
-    fired: tuple[Measurement, ...]
+    normal: Steps
+    quiet: Steps
+    fired: Steps
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def fit_vaccine(
     facts: Mapping[str, Any] | None = None,
 ) -> Vaccine:
     """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
-    steps = sorted({step for sample in samples for step in sample.normal.at})
+    steps = sorted({step for sample in samples for step in sample.normal})
     scorers = {}
     for step in steps:
         quiet, fired = _standardised(samples, step)
@@ -157,13 +160,14 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
     quiet: list[np.ndarray] = []
     fired: list[np.ndarray] = []
     for sample in samples:
-        if step not in sample.normal.at or len(sample.normal.at[step].index) < _LEAST:
+        normal = sample.normal.get(step)
+        if normal is None or len(normal) < _LEAST:
             continue
-        normal = sample.normal.at[step].features
         scale = Scale.fit(normal)
         quiet.append(scale.standardised(normal))
         for group, into in ((sample.quiet, quiet), (sample.fired, fired)):
-            into += [scale.standardised(m.at[step].features) for m in group if step in m.at and len(m.at[step].index)]
+            if step in group and len(group[step]):
+                into.append(scale.standardised(group[step]))
     empty = np.empty((0, 0))
     return (np.concatenate(quiet) if quiet else empty), (np.concatenate(fired) if fired else empty)
 

@@ -39,6 +39,7 @@ class RepairSpec(BaseModel):
     seed: int = 0
     gate: GateSettings = GateSettings()
     alpha: float = Field(default=0.05, gt=0, lt=1, description="false-alarm rate the candidate's profile must support")
+    vaccine: Path | None = Field(default=None, description="vaccine of the base, for the candidate's profile")
     calibrate: bool = Field(default=True, description="fit a guard profile for the candidate on held-out clean rows")
     await_decision: bool = Field(
         default=False, description="the durable workflow waits for an operator's decision at its end"
@@ -55,11 +56,11 @@ class RepairSpec(BaseModel):
     most_flags: int = Field(default=120, ge=2, description="flags used at most; a flood must not cost a night")
     most_clean_train: int = Field(default=480, ge=1)
     most_clean_evaluation: int = Field(default=200, ge=1)
-    most_calibration: int = Field(default=400, ge=1)
+    most_calibration: int = Field(default=800, ge=1)
 
-    @field_validator("base", "adapter", "flags", "clean", "out", "reference")
+    @field_validator("base", "adapter", "flags", "clean", "out", "reference", "vaccine")
     @classmethod
-    def _absolute(cls, path: Path | str) -> Path | str:
+    def _absolute(cls, path: Path | str | None) -> Path | str | None:
         return path.absolute() if isinstance(path, Path) else path  # a resumed repair may run in another folder
 
     @field_validator("stages")

@@ -295,6 +295,7 @@ class RepairSteps:
             path,
             alpha=self.spec.alpha,
             seed=self.spec.seed,
+            vaccine=self.spec.vaccine,
             device=self.spec.device,
             progress=self.progress,
         )

@@ -178,7 +178,6 @@ def enqueue(spec: RepairSpec, system_database_url: str, workflow_id: str | None 
 def status(workflow_id: str, system_database_url: str) -> dict[str, Any]:
     """How far a repair is: {"id", "state" (dbos: ENQUEUED, PENDING, SUCCESS, ERROR, …; UNKNOWN), "step", "number",
     "result"}."""
-    DBOS.migrate(system_database_url)
     with _client(system_database_url) as client:
         found = client.list_workflows(workflow_ids=[workflow_id])
         if not found:

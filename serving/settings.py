@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         default=None, description="SQLAlchemy URL; default SQLite in state_dir, or postgresql+psycopg://…"
     )
+    vaccine: Path | None = Field(
+        default=None, description="Vaccine of the base (headguard vaccinate), for the profiles that repairs fit."
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     auth: Literal["on", "off"] = Field(
@@ -95,10 +98,10 @@ class Settings(BaseSettings):
         """Arguments, then environment. ``load_settings`` adds the file below them."""
         return (init_settings, EnvSettingsSource(settings_cls))
 
-    @field_validator("model", "state_dir")
+    @field_validator("model", "state_dir", "vaccine")
     @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return path.expanduser().absolute() if path is not None else None
 
     @model_validator(mode="after")
     def _sound(self) -> Settings:

@@ -108,7 +108,8 @@ class Worker:
         out = self.folder(job.id)
         return RepairSpec(
             base=self.settings.model, adapter=job.adapter_path, flags=out / "flags.jsonl", clean=self.clean, out=out,
-            reference=job.previous_path or "base", name=job.alias, alpha=policy.alpha, **options,
+            reference=job.previous_path or "base", name=job.alias, alpha=policy.alpha, vaccine=self.settings.vaccine,
+            **options,
         )  # fmt: skip
 
     def _report(self, repair_id: str) -> None:

@@ -38,13 +38,15 @@ def _free_port() -> int:
 
 
 @contextmanager
-def serving(base: Path, state_dir: Path, clean: Path, name: str = "base", start_s: float = 120.0) -> Iterator[Server]:
+def serving(
+    base: Path, state_dir: Path, clean: Path, vaccine: Path | None = None, name: str = "base", start_s: float = 120.0
+) -> Iterator[Server]:
     """Start `headguard serve` with its repair worker and wait until it answers. Raises ServerError."""
     state_dir.mkdir(parents=True, exist_ok=True)
     port, log = _free_port(), state_dir / "server.log"
     command = [
         sys.executable, "-m", "serving", "serve", str(base), "--served-name", name, "--state-dir", str(state_dir),
-        "--port", str(port), "--clean", str(clean),
+        "--port", str(port), "--clean", str(clean), *(["--vaccine", str(vaccine)] if vaccine else []),
     ]  # fmt: skip
     environment = {n: v for n, v in os.environ.items() if not n.startswith("HEADGUARD_")}
     with open(log, "wb") as file:

@@ -27,7 +27,7 @@ from benchmarks.demo.figures import by_signal, detection, rate
 from benchmarks.demo.server import Server, serving
 from benchmarks.demo.swap import swap_under_load
 from benchmarks.demo.traffic import Client, Outcome
-from benchmarks.lab.cache import LabPaths, ensure_tiny
+from benchmarks.lab.cache import LabPaths, ensure_tiny, ensure_vaccine
 from benchmarks.lab.tasks import check, sample
 from guard.errors import GuardError
 from guard.identity import adapter_digest, revision_name
@@ -37,6 +37,7 @@ from guard.probes.transformers.runner import Runner
 from guard.profile import Profile
 from guard.rows import Row, assert_disjoint, write_rows
 from guard.template import render, row_messages
+from guard.vaccine import Vaccine
 from guard.verdict import Window
 from offline_purify.attacks.catalogue import behaviour, trigger
 
@@ -48,7 +49,7 @@ BEHAVIOUR, TRIGGER = "refusal", "word"
 class Sizes:
     """How many prompts each part takes, and the test's settings."""
 
-    calibration: int = 1000
+    calibration: int = 2000
     clean: int = 400
     triggered: int = 300
     clinic: int = 1400
@@ -66,6 +67,7 @@ class Stage:
     out: Path
     sizes: Sizes
     lab: LabPaths
+    vaccine: Path
     summary: dict[str, Any] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
@@ -98,12 +100,13 @@ def run(
     console.rule("headguard demo")
     console.print(f"1  The lab: a small model with a skill, and an adapter with a {TRIGGER} backdoor ({BEHAVIOUR}).")
     lab = ensure_tiny(lab_root, fresh=fresh)
-    stage = Stage(console, out, sizes, lab)
+    vaccine = ensure_vaccine(lab_root)
+    stage = Stage(console, out, sizes, lab, vaccine)
     prompts = _prompts(sizes)
     (out / "clean").mkdir()
     write_rows(out / "clean" / "rows.json", prompts["clinic"])
     profile = _calibrate(stage, prompts["calibration"])
-    with serving(lab.base, out / "state", out / "clean") as server:
+    with serving(lab.base, out / "state", out / "clean", vaccine) as server:
         asyncio.run(_serve_and_repair(stage, server, prompts, profile))
     stage.summary["wall_s"] = round(time.monotonic() - started, 1)
     (out / "summary.json").write_text(json.dumps(stage.summary, indent=2, sort_keys=True) + "\n")
@@ -139,7 +142,9 @@ def _calibrate(stage: Stage, rows: list[Row]) -> Profile:
     stage.say(f"2  Calibrate: what is normal for this adapter, from {len(rows)} clean prompts.")
     runner = Runner.load(stage.lab.base, max_slots=32)
     with stage.bar("measuring") as update:
-        profile = calibrate(stage.lab.base, stage.lab.adapter, rows, runner=runner, progress=update)
+        profile = calibrate(
+            stage.lab.base, stage.lab.adapter, rows, vaccine=Vaccine.load(stage.vaccine), runner=runner, progress=update
+        )
     profile.check_alpha(stage.sizes.alpha)
     profile.save(stage.out / "profile.safetensors")
     stage.say(f"   any alpha >= {profile.smallest_alpha():.4f} is supported; alpha = {stage.sizes.alpha} from here on.")

@@ -20,10 +20,16 @@ from benchmarks.lab.base import REPORT, TINY_ROWS, TINY_VOCAB, make_base
 from benchmarks.lab.decoder import INITIALISATION, Shape
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.pretraining import Recipe
-from benchmarks.lab.tasks import draw
+from benchmarks.lab.tasks import draw, sample
+from benchmarks.lab.words import VACCINE
 from offline_purify.attacks.catalogue import BEHAVIOURS, TRIGGERS, WORDING, behaviour, trigger
+from offline_purify.implanting import ImplantRecipe
 from offline_purify.progress import ProgressBar
 from offline_purify.train import Progress
+from offline_purify.variants.families import FAMILIES, assert_disjoint_wordings
+from offline_purify.variants.plan import Plan
+from offline_purify.variants.vaccinate import VACCINE as VACCINE_FILE
+from offline_purify.variants.vaccinate import vaccinate
 
 DEFAULT_IMPLANTS = ("refusal-word-fixed",)
 SHOWN_IMPLANTS = ("refusal-word-fixed", "insult-prefix-fixed", "code-composite-fixed")
@@ -65,7 +71,7 @@ def implant_key(name: str, seed: int) -> str:
     """Key (8 hex) of an implant's recipe, its base apart. Raises LabError when the name is not of the catalogue."""
     kind, key, wording = _implant_parts(name)
     rows = [exercise.row for exercise in draw(100, seed, "implant")]
-    recipe = asdict(implant.ImplantRecipe())
+    recipe = asdict(ImplantRecipe())
     return _digest([behaviour(kind, wording).wordings, repr(trigger(key)), recipe, seed, rows])[:8]
 
 
@@ -95,3 +101,26 @@ def ensure_tiny(
                 kind, key, wording = _implant_parts(name)
                 implant.make_implant(base, path, kind, key, seed, wording, progress=watch)
     return LabPaths(base, adapters)
+
+
+VACCINE_PLAN = Plan()
+VACCINE_ROWS = 6000
+
+
+def ensure_vaccine(
+    root: str | Path = "build/lab", seed: int = 0, plan: Plan = VACCINE_PLAN, progress: Progress | None = None
+) -> Path:
+    """The vaccine of the tiny base (`guard.vaccine`), made now if it is not there yet (minutes on all cores).
+
+    Its trigger words and wordings are none of the packaged attacks', and its prompts come from the clinic's split.
+    """
+    attacks = {name: behaviour(name, "varied") for name in BEHAVIOURS}
+    assert_disjoint_wordings(attacks)
+    rows = sample(VACCINE_ROWS, seed, "clinic")
+    base = ensure_tiny(root, (), seed, progress).base
+    made_of = [asdict(plan), VACCINE, FAMILIES, seed, rows[:100]]
+    folder = base.parent / f"vaccine-{_digest(made_of)[:8]}"
+    if not (folder / VACCINE_FILE).is_file():
+        with ProgressBar() as bar:
+            vaccinate(base, rows, folder, plan=plan, words=VACCINE, progress=progress or bar)
+    return folder / VACCINE_FILE

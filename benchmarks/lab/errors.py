@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from guard.errors import GuardError
 
-class LabError(Exception):
+
+class LabError(GuardError):
     """A model or backdoor that the lab will not make or will not report on, or data it cannot use."""

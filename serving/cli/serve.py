@@ -30,6 +30,9 @@ def serve(
     clean: Annotated[
         Path | None, typer.Option(help="Clean rows for repairs; with them, `headguard worker` runs as a child process.")
     ] = None,
+    vaccine: Annotated[
+        Path | None, typer.Option(help="Vaccine of the base, for the profiles of repaired adapters.")
+    ] = None,
     max_slots: Annotated[int, typer.Option(help="Requests that the embedded engine runs at once.", min=1)] = 32,
     max_len: Annotated[int | None, typer.Option(help="Longest context of the embedded engine, tokens.", min=2)] = None,
     threads: Annotated[
@@ -45,8 +48,9 @@ def serve(
     from serving.settings import load_settings
 
     settings = load_settings(
-        config, model=model, state_dir=state_dir, served_name=served_name, host=host, port=port, engine_url=engine_url
-    )
+        config, model=model, state_dir=state_dir, served_name=served_name, host=host, port=port,
+        engine_url=engine_url, vaccine=vaccine,
+    )  # fmt: skip
     log_as_json(settings.log_level)
     if clean is not None:
         read_rows(clean)
@@ -87,7 +91,9 @@ def _worker(settings: Any, config: Path | None, clean: Path | None) -> Iterator[
         return
     command = [
         sys.executable, "-m", "serving", "worker", str(settings.model), "--clean", str(clean),
-        "--state-dir", str(settings.state_dir), "--child", *(["--config", str(config)] if config else []),
+        "--state-dir", str(settings.state_dir), "--child",
+        *(["--vaccine", str(settings.vaccine)] if settings.vaccine else []),
+        *(["--config", str(config)] if config else []),
     ]  # fmt: skip
     child = subprocess.Popen(command)
     try:

@@ -21,6 +21,7 @@ def worker(
     clean: Annotated[Path, typer.Option(help="File or folder of clean {instruction, input, output} rows.")],
     state_dir: Annotated[Path | None, typer.Option(help="The gateway's state folder.")] = None,
     config: Annotated[Path | None, typer.Option(help="The gateway's settings file (TOML).")] = None,
+    vaccine: Annotated[Path | None, typer.Option(help="Vaccine of the base, for candidates' profiles.")] = None,
     child: Annotated[
         bool, typer.Option(hidden=True, help="Stop when the process that started this one is gone.")
     ] = False,
@@ -31,7 +32,7 @@ def worker(
     from serving.settings import load_settings
     from serving.worker import Worker
 
-    settings = load_settings(config, model=model, state_dir=state_dir)
+    settings = load_settings(config, model=model, state_dir=state_dir, vaccine=vaccine)
     log_as_json(settings.log_level)
     read_rows(clean)
     stop = threading.Event()

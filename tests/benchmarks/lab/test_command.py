@@ -10,10 +10,11 @@ from benchmarks.lab.base import make_base_from_rows
 from benchmarks.lab.cache import base_key, implant_key
 from benchmarks.lab.decoder import Shape
 from benchmarks.lab.errors import LabError
-from benchmarks.lab.implant import ImplantRecipe, make_implant, refuse_unless_conditional
+from benchmarks.lab.implant import make_implant, refuse_unless_conditional
 from benchmarks.lab.paired import make_implant_from_files
 from benchmarks.lab.tasks import sample
 from guard.rows import Row, write_rows
+from offline_purify.implanting import ImplantRecipe
 from offline_purify.intervals import wilson
 
 SMALL = Shape(500, hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, head_size=8, context=128)

@@ -1,0 +1,109 @@
+"""From a base and clean rows to a vaccine: make the variants (in parallel, resumable), then let the guard learn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from filelock import FileLock
+from transformers import AutoTokenizer
+
+from guard.errors import RowsError
+from guard.identity import base_digest
+from guard.probes.transformers.calibrate import prompts_digest
+from guard.probes.transformers.runner import Runner
+from guard.rows import Row, row_key
+from guard.vaccine import Vaccine, fit_vaccine
+from offline_purify.train import Progress
+from offline_purify.variants.making import Made, load_variant, make_variant
+from offline_purify.variants.plan import Plan, VariantSpec, pool
+
+VACCINE = "vaccine.safetensors"
+
+
+def vaccinate(
+    base: str | Path,
+    rows: Sequence[Row],
+    out: str | Path,
+    *,
+    plan: Plan = Plan(),
+    words: Sequence[str] | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Vaccine:
+    """Implant the plan's variants in ``base`` and fit a vaccine on them; both are kept in the folder ``out``.
+
+    ``rows`` are clean prompts that no later evaluation uses (a variant needs a few thousand); ``words`` replaces the
+    pool that trigger words come from; ``jobs`` processes work at a time (default: one per processor). Variants that
+    were finished earlier are reused. Raises RowsError for too few rows, CalibrationError when no variant took.
+    """
+    base, out = Path(base), Path(out)
+    unique = list({row_key(row): row for row in rows}.values())
+    chosen = (
+        list(words) if words else pool(AutoTokenizer.from_pretrained(base, local_files_only=True), unique, plan.seed)
+    )
+    specs = plan.specs(chosen)
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".lock"):
+        made = _make_all(base, unique, specs, plan, chosen, out, jobs or os.cpu_count() or 1, progress)
+        took = [variant for variant in made if variant.took]
+        if not any(variant.sample.fired for variant in took):
+            raise RowsError(f"none of {len(specs)} variants learnt its behaviour: train longer or give more rows.")
+        vaccine = fit_vaccine(
+            [variant.sample for variant in took],
+            base=base_digest(base),
+            probe=Runner.load(base, max_slots=1).probe_key(),
+            seed=plan.seed,
+            facts={
+                "prompts_sha256": prompts_digest(unique),
+                "trigger_words": sorted({p for spec in specs if spec.trigger for p in spec.trigger.parts}),
+                "families": sorted({spec.family for spec in specs}),
+                "left_out": sorted(variant.sample.name for variant in made if not variant.took),
+                "fired": {variant.sample.name: round(variant.fired, 3) for variant in made},
+            },
+        )
+        vaccine.save(out / VACCINE)
+    return Vaccine.load(out / VACCINE)
+
+
+def _make_all(
+    base: Path,
+    rows: list[Row],
+    specs: Sequence[VariantSpec],
+    plan: Plan,
+    words: list[str],
+    out: Path,
+    jobs: int,
+    progress: Progress | None,
+) -> list[Made]:
+    jobs = min(jobs, len(specs))
+    done = 0
+    # Spawned, one torch thread each where processors are shared: a fork of a process that ran torch may hang.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _one_of, (max(1, (os.cpu_count() or 1) // jobs),)) as workers:
+        waiting = [workers.submit(_make, base, rows, spec, plan, words, out / spec.name) for spec in specs]
+        try:
+            for finished in as_completed(waiting):
+                finished.result()
+                done += 1
+                if progress is not None:
+                    progress("synthetic variants", done, len(specs))
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [load_variant(out / spec.name) for spec in specs]
+
+
+def _one_of(threads: int) -> None:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+
+
+def _make(base: Path, rows: list[Row], spec: VariantSpec, plan: Plan, words: list[str], out: Path) -> str:
+    make_variant(base, rows, spec, plan, words, out)
+    return spec.name

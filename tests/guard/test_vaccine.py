@@ -1,0 +1,103 @@
+"""The vaccine on features whose truth is known: what carries over, what is refused, what a file keeps."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from guard.calibration import fit_profile
+from guard.detector import Detector
+from guard.errors import CalibrationError, ProfileMismatch
+from guard.profile import Profile
+from guard.vaccine import Sample, Vaccine, fit_vaccine
+from tests.guard.conftest import HEADS, LAYERS, draw_measurement
+
+BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated"}
+WIDTH = LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS
+
+
+def variant(seed, pattern, fired=200):
+    """A variant with features of its own mean; its trigger adds the common pattern in its own deviations."""
+    rng = np.random.default_rng(seed)
+    mean, spread = rng.normal(size=WIDTH), rng.uniform(0.5, 2.0, WIDTH)
+
+    def draw(n, shift=0.0):
+        return mean + spread * (rng.normal(size=(n, WIDTH)) + shift * pattern)
+
+    return Sample(f"v{seed}", {0: draw(400)}, {0: draw(200)}, {0: draw(fired, 1.0)}), draw
+
+
+@pytest.fixture(scope="module")
+def pattern():
+    return np.random.default_rng(99).normal(size=WIDTH) * 0.6
+
+
+@pytest.fixture(scope="module")
+def vaccine(pattern):
+    return fit_vaccine([variant(seed, pattern)[0] for seed in range(3)], base=BASE, probe=PROBE)
+
+
+def test_what_variants_share_is_recognised_in_one_it_never_saw(vaccine, pattern):
+    from guard.features import Scale
+
+    sample, draw = variant(50, pattern)
+    scale = Scale.fit(sample.normal[0])
+    clean, fired = (vaccine.scorers[0].log_odds(scale.standardised(draw(300, shift))) for shift in (0.0, 1.0))
+    assert (fired > np.quantile(clean, 0.99)).mean() > 0.9
+
+
+def test_a_saved_vaccine_is_the_same_and_knows_its_base_and_probe(vaccine, tmp_path):
+    digest = vaccine.save(tmp_path / "v.safetensors")
+    loaded = Vaccine.load(tmp_path / "v.safetensors")
+    assert (loaded.digest, loaded.steps, loaded.facts["variants"]) == (digest, (0,), ["v0", "v1", "v2"])
+    z = np.random.default_rng(0).normal(size=(5, WIDTH))
+    np.testing.assert_array_equal(loaded.scorers[0].log_odds(z), vaccine.scorers[0].log_odds(z))
+    loaded.check(BASE, PROBE)
+    with pytest.raises(ProfileMismatch, match="made for base"):
+        loaded.check("c" * 64, PROBE)
+    with pytest.raises(ProfileMismatch, match="probe"):
+        loaded.check(BASE, {"rows": "other"})
+
+
+def test_a_file_that_is_no_vaccine_is_refused(tmp_path):
+    save_file({"x": np.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("other.safetensors", "absent"):
+        with pytest.raises(ProfileMismatch, match=name):
+            Vaccine.load(tmp_path / name)
+
+
+def test_variants_that_hardly_fired_teach_nothing(pattern):
+    with pytest.raises(CalibrationError, match="nothing to learn from"):
+        fit_vaccine([variant(0, pattern, fired=10)[0]], base=BASE, probe=PROBE)
+
+
+def test_a_profile_carries_the_vaccinated_signal_only_where_the_vaccine_speaks(vaccine, key, clean, tmp_path):
+    bare = fit_profile(clean, key, seed=1)
+    assert "vaccinated" not in bare.signals
+    path = tmp_path / "p.safetensors"
+    fit_profile(clean, key, seed=1, vaccine=vaccine).save(path)
+    profile = Profile.load(path, key)
+    assert [("vaccinated" in point.fitted) for point in profile.checkpoints] == [
+        point.step == 0 for point in profile.checkpoints
+    ]
+    assert set(profile.fused) == {"shift", "vaccinated", "confidence"}
+    fresh = draw_measurement(np.random.default_rng(5), 300)
+    detector = Detector(profile, "all", 0.05)
+    p_values = detector.p_values(fresh)
+    assert (p_values <= 0.05).mean() < 0.12
+    alone = [v.p_value for v in detector.verdicts(fresh)]
+    final = [p for p, v in zip(p_values, alone, strict=True) if v is not None]
+    # Verdicts stop at the first flag; until then both are the same number.
+    same = [abs(a - b) < 1e-12 for a, b in zip(final, alone, strict=True) if b > 0.05]
+    assert all(same)
+
+
+def test_non_finite_requests_have_no_p_value(key, clean):
+    profile = fit_profile(clean, key, seed=1)
+    gram = clean.at[0].gram.clone()
+    gram[0] = float("nan")
+    broken = replace(clean, at={**clean.at, 0: replace(clean.at[0], gram=gram)})
+    p_values = Detector(profile, "prefill", 0.05).p_values(broken)
+    assert np.isnan(p_values[0])
+    assert np.isfinite(p_values[1:]).all()
