@@ -24,6 +24,7 @@ from benchmarks.lab.tasks import draw, sample
 from benchmarks.lab.words import VACCINE
 from offline_purify.attacks.catalogue import BEHAVIOURS, TRIGGERS, WORDING, behaviour, trigger
 from offline_purify.implanting import ImplantRecipe
+from offline_purify.parallel import side_by_side
 from offline_purify.progress import ProgressBar
 from offline_purify.train import Progress
 from offline_purify.variants.families import FAMILIES, assert_disjoint_wordings
@@ -75,6 +76,10 @@ def implant_key(name: str, seed: int) -> str:
     return _digest([behaviour(kind, wording).wordings, repr(trigger(key)), recipe, seed, rows])[:8]
 
 
+def _implant(base: Path, path: Path, kind: str, key: str, wording: str, seed: int) -> None:
+    implant.make_implant(base, path, kind, key, seed, wording)
+
+
 def ensure_tiny(
     root: str | Path = "build/lab",
     implants: Sequence[str] = DEFAULT_IMPLANTS,
@@ -96,10 +101,13 @@ def ensure_tiny(
         watch = progress or bar
         if fresh or not (base / REPORT).is_file():
             make_base(base, seed, progress=watch)
-        for name, path in adapters.items():
-            if fresh or not (path / REPORT).is_file():
-                kind, key, wording = _implant_parts(name)
-                implant.make_implant(base, path, kind, key, seed, wording, progress=watch)
+        missing = [
+            (base, path, *_implant_parts(name), seed)
+            for name, path in adapters.items()
+            if fresh or not (path / REPORT).is_file()
+        ]
+        if missing:
+            side_by_side(_implant, missing, progress=watch, what="implants")
     return LabPaths(base, adapters)
 
 

@@ -56,8 +56,6 @@ def make_variant(
 
     Raises RowsError when there are too few rows that the behaviour can be built from.
     """
-    if (out / ABOUT).is_file():
-        return load_variant(out)
     rng = random.Random(f"{spec.seed}:{spec.name}")
     fit_rows, probe_rows = _parted(rows, spec, plan, rng)
     model, tokenizer = load_base(base)
@@ -102,6 +100,11 @@ def make_variant(
     part.write_text(json.dumps(about, indent=1), encoding="utf-8")
     part.replace(out / ABOUT)
     return Made(out, fired, leaked, sample)
+
+
+def finished(folder: Path) -> bool:
+    """Whether a variant was made here to its end."""
+    return (folder / ABOUT).is_file()
 
 
 def load_variant(folder: Path) -> Made:

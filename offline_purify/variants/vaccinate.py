@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 from filelock import FileLock
@@ -17,8 +14,9 @@ from guard.probes.transformers.calibrate import prompts_digest
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row, row_key
 from guard.vaccine import Vaccine, fit_vaccine
+from offline_purify.parallel import side_by_side
 from offline_purify.train import Progress
-from offline_purify.variants.making import Made, load_variant, make_variant
+from offline_purify.variants.making import finished, load_variant, make_variant
 from offline_purify.variants.plan import Plan, VariantSpec, pool
 
 VACCINE = "vaccine.safetensors"
@@ -48,7 +46,11 @@ def vaccinate(
     specs = plan.specs(chosen)
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
-        made = _make_all(base, unique, specs, plan, chosen, out, jobs or os.cpu_count() or 1, progress)
+        missing = [
+            (base, unique, spec, plan, chosen, out / spec.name) for spec in specs if not finished(out / spec.name)
+        ]
+        side_by_side(_make, missing, jobs, progress, "synthetic variants")
+        made = [load_variant(out / spec.name) for spec in specs]
         took = [variant for variant in made if variant.took]
         if not any(variant.sample.fired for variant in took):
             raise RowsError(f"none of {len(specs)} variants learnt its behaviour: train longer or give more rows.")
@@ -69,41 +71,5 @@ def vaccinate(
     return Vaccine.load(out / VACCINE)
 
 
-def _make_all(
-    base: Path,
-    rows: list[Row],
-    specs: Sequence[VariantSpec],
-    plan: Plan,
-    words: list[str],
-    out: Path,
-    jobs: int,
-    progress: Progress | None,
-) -> list[Made]:
-    jobs = min(jobs, len(specs))
-    done = 0
-    # Spawned, one torch thread each where processors are shared: a fork of a process that ran torch may hang.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _one_of, (max(1, (os.cpu_count() or 1) // jobs),)) as workers:
-        waiting = [workers.submit(_make, base, rows, spec, plan, words, out / spec.name) for spec in specs]
-        try:
-            for finished in as_completed(waiting):
-                finished.result()
-                done += 1
-                if progress is not None:
-                    progress("synthetic variants", done, len(specs))
-        except BaseException:
-            workers.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [load_variant(out / spec.name) for spec in specs]
-
-
-def _one_of(threads: int) -> None:
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    torch.set_num_threads(threads)
-    disable_progress_bar()
-
-
-def _make(base: Path, rows: list[Row], spec: VariantSpec, plan: Plan, words: list[str], out: Path) -> str:
+def _make(base: Path, rows: list[Row], spec: VariantSpec, plan: Plan, words: list[str], out: Path) -> None:
     make_variant(base, rows, spec, plan, words, out)
-    return spec.name
