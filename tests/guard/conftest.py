@@ -32,9 +32,9 @@ def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, 
     return tokens, readings
 
 
-def draw_measurement(rng: np.random.Generator, requests: int) -> Measurement:
-    """``requests`` clean requests as a Measurement."""
-    drawn = [draw_request(rng) for _ in range(requests)]
+def draw_measurement(rng: np.random.Generator, requests: int, triggered: int = 0) -> Measurement:
+    """``requests`` requests as a Measurement; the heads of the last ``triggered`` of them are pulled together."""
+    drawn = [draw_request(rng, 0.6 * (i >= requests - triggered)) for i in range(requests)]
     at = {}
     for step in CHECKPOINTS:
         there = [(i, r) for i, (_, rs) in enumerate(drawn) for r in rs if r.step == step]
