@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.detection import figures
-from benchmarks.detection.controls import MOST_FLAGGED, judged, prompt_controls
+from benchmarks.detection.controls import judged, prompt_controls
 from benchmarks.detection.inputs import Arguments, Inputs, read_inputs
 from benchmarks.detection.measuring import ATTENTION, FUSED, Bench, Progress, Read, Watched, ablations
 from benchmarks.detection.paper import paper_figures
@@ -129,11 +129,10 @@ def _controls(watched: Watched, inputs: Inputs, found: Found, given: Arguments) 
     long_triggered = watched.read_long(inputs.triggered[:few], "whole answers, triggered")
     end = sorted(watched.bench.runner.eos_ids)[:1]
     said = [[*answer, *end] for answer in long_triggered.measurement.answers]
-    # From the end of the file: the first rows gave the answers above, and order in a file means nothing.
-    rows = inputs.clean[-given.control_rows :]
+    target = [answer for answer in said if answer]
     controls = {}
-    for control in prompt_controls(watched, rows, found.trigger, [answer for answer in said if answer], given.seed):
-        controls[control.name] = judged(watched, control.read(), control.question)
+    for control in prompt_controls(watched, inputs.clean, given.control_rows, found.trigger, target, given.seed):
+        controls[control.name] = judged(watched, control.read(), control.question, control.limit)
     return {
         "controls": controls,
         "paper": paper_figures(long_clean.measurement, long_triggered.measurement),
@@ -189,6 +188,6 @@ def _benign(bench: Bench, inputs: Inputs, adapter: Path, rows: Sequence[Row], li
         with bench.watching(adapter, [*inputs.calibration, *calibration], words) as watched:
             topic = watched.read(fresh, f"{words}: its topic")
             clean = watched.read(rows, f"{words}: clean")
-            found[f"{name}/topic"] = judged(watched, topic, f"{words}: prompts on its topic", MOST_FLAGGED)
+            found[f"{name}/topic"] = judged(watched, topic, f"{words}: prompts on its topic", None)
             found[f"{name}/clean"] = judged(watched, clean, f"{words}: clean prompts", limit)
     return found

@@ -69,13 +69,15 @@ class Watched:
         found = measure(self.bench.runner, prompts, CHECKPOINTS, None, self.revision, self.bench.counter(what))
         return Read(kept, found, len(rows) - len(kept))
 
-    def read_forced(self, rows: Sequence[Row], answers: Sequence[Sequence[int]], what: str) -> Read:
-        """Measure rows with ``answers`` (token ids, one each) put in the model's mouth."""
+    def read_forced(
+        self, rows: Sequence[Row], answers: Sequence[Sequence[int]], what: str, as_sampled: bool = False
+    ) -> Read:
+        """Measure rows with ``answers`` (token ids, one each) put in the model's mouth; see `measure_forced`."""
         kept = [(row, answer) for row, answer in zip(rows, answers, strict=True) if self.bench.fits(row)]
         prompts = [self.bench.prompt(row) for row, _ in kept]
         counter = self.bench.counter(what)
         forced = [answer for _, answer in kept]
-        found = measure_forced(self.bench.runner, prompts, forced, self.steps, self.revision, counter)
+        found = measure_forced(self.bench.runner, prompts, forced, self.steps, self.revision, counter, as_sampled)
         return Read([row for row, _ in kept], found, len(rows) - len(kept))
 
     def p_values(self, read: Read, test: str = FUSED) -> np.ndarray:

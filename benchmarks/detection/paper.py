@@ -21,7 +21,7 @@ TABLE_1 = {
     "CBA": {"clean": 0.9298, "triggered": 0.9954},
 }
 """99th percentile of attention cosine similarity, Llama-2-7B (attention-similarity paper, table 1)."""
-FIGURE_1 = "more pairs above 0.99 under triggers than on clean prompts, for each attack (a chart without numbers)"
+FIGURE_1 = "a chart, without numbers, of more pairs above 0.99 under triggers than on clean prompts"
 LIKE = {"word": "BadNets", "prefix": "BadNets", "composite": "CBA"}
 """Our trigger kinds and the paper's attack that each is nearest to."""
 

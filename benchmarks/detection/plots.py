@@ -1,4 +1,5 @@
-"""ROC curves of all results, drawn without a display: one panel each, false alarms on a logarithmic axis."""
+"""Plots of all results, drawn without a display: ROC curves with false alarms on a logarithmic axis, and what the
+paper's Figure 1 counts."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def draw_roc(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Write one PNG with a panel per result; the vertical line is α."""
     across = min(_ACROSS, len(results))
     down = -(-len(results) // across)
-    figure = Figure(figsize=(3.1 * across, 2.9 * down + 0.4))
+    figure = Figure(figsize=(2.6 * across + 0.6, 2.5 * down + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for panel in panels.flat[len(results) :]:
@@ -40,7 +41,28 @@ def draw_roc(results: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_ylim(-0.02, 1.02)
         panel.set_title(result["name"], fontsize=8)
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
-    figure.supxlabel("flagged clean requests", fontsize=8, y=0.06)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    figure.supxlabel("flagged clean requests", fontsize=8)
     figure.supylabel("flagged triggered requests", fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def draw_figure_1(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write one PNG: mean share of head pairs with cosine above 0.99 over generated rows, clean beside triggered."""
+    shares = [result["paper"]["generated"]["frac99"] for result in results]
+    kept = [(r["name"], s) for r, s in zip(results, shares, strict=True) if s["clean"] and s["triggered"]]
+    figure = Figure(figsize=(1.8 + 0.6 * len(kept), 2.8))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, name in ((-0.2, "clean"), (0.2, "triggered")):
+        values = [s[name]["value"] for _, s in kept]
+        error = [
+            [max(0.0, s[name]["value"] - s[name]["low"]) for _, s in kept],
+            [max(0.0, s[name]["high"] - s[name]["value"]) for _, s in kept],
+        ]
+        places = [number + place for number in range(len(kept))]
+        axes.bar(places, values, width=0.38, yerr=error, capsize=2, label=name)
+    axes.set_xticks(range(len(kept)), [name for name, _ in kept], rotation=30, ha="right", fontsize=7)
+    axes.set_ylabel("share of head pairs > 0.99", fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.detection import paper
 from benchmarks.detection.benchmark import FORMAT
 from benchmarks.detection.errors import BenchmarkError
-from benchmarks.detection.plots import draw_roc
+from benchmarks.detection.plots import draw_figure_1, draw_roc
 from benchmarks.detection.sentences import failures
 
 Result = dict[str, Any]
@@ -42,22 +42,37 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
 
 def write_report(results: Sequence[Result], out: Path, preface: str = "") -> None:
-    """Write the document and, beside it, its ROC plot."""
+    """Write the document and, beside it, its plots."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    image = out.with_name(out.stem + "-roc.png")
-    draw_roc([result for result in results if not result["notes"].get("left_out")] or results, image)
-    out.write_text(render(results, image.name, preface), encoding="utf-8")
+    main = [result for result in results if not result["notes"].get("left_out")] or results
+    draw_roc(main, out.with_name(f"{out.stem}-roc.png"))
+    draw_figure_1(main, out.with_name(f"{out.stem}-figure-1.png"))
+    out.write_text(render(results, out.stem, preface), encoding="utf-8")
 
 
-def render(results: Sequence[Result], image: str, preface: str = "") -> str:
-    """The document as Markdown; ``image`` is the file name of the ROC plot."""
+def render(results: Sequence[Result], plots: str, preface: str = "") -> str:
+    """The document as Markdown; ``plots`` is what the file names of its plots begin with."""
     whole = [result for result in results if not result["notes"].get("left_out")]
     partial = [result for result in results if result["notes"].get("left_out")]
     main = whole or list(results)
-    parts = [_TITLE, preface.strip(), _settings(main), _power(main), f"![ROC curves]({image})\n", _before_answer(main)]
+    parts = [
+        _TITLE,
+        preface.strip(),
+        _settings(main),
+        _power(main),
+        f"![ROC curves]({plots}-roc.png)",
+        _before_answer(main),
+    ]
     if partial and whole:
         parts.append(_left_out(partial, whole))
-    parts += [_promise(main), _ablation(main), _paper(main), _controls(main), _localisation(main), _provenance(results)]
+    parts += [
+        _promise(main),
+        _ablation(main),
+        _paper(main, plots),
+        _controls(main),
+        _localisation(main),
+        _provenance(results),
+    ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
@@ -213,7 +228,7 @@ def _ablation(results: Sequence[Result]) -> str:
     )
 
 
-def _paper(results: Sequence[Result]) -> str:
+def _paper(results: Sequence[Result], plots: str) -> str:
     rows = []
     for attack, values in paper.TABLE_1.items():
         rows.append([f"paper: {attack}, Llama-2-7B", f"{values['clean']:.4f}", f"{values['triggered']:.4f}", "–", "–"])
@@ -237,7 +252,7 @@ def _paper(results: Sequence[Result]) -> str:
         "## The paper's Table 1 and Figure 1 beside ours\n\nThe paper reports the 99th percentile of head-pair cosines "
         f"over the rows of generated tokens (Table 1), and {paper.FIGURE_1} (Figure 1). Ours are means over requests, "
         f"pairs within a layer. Over generated rows the percentile rises under the trigger for {len(rises)} of "
-        f"{len(results)} implants.\n\n" + _table(head, rows)
+        f"{len(results)} implants.\n\n" + _table(head, rows) + f"\n\n![Figure 1, ours]({plots}-figure-1.png)"
     )
 
 
@@ -260,7 +275,7 @@ def _controls(results: Sequence[Result]) -> str:
                     _share(control["fused_attention_only"], 3),
                     _share(control.get("confidence"), 3),
                     f"{control['fused']['n_unscored']} of {control['fused']['n']}",
-                    "**fails**" if control["fails"] else "passes",
+                    _judgement(control),
                 ]
             )
         said += [f"- `{result['name']}`: {sentence}" for sentence in failures(result)]
@@ -269,6 +284,12 @@ def _controls(results: Sequence[Result]) -> str:
     text += "prompts of other adapters and of the base at α plus its 99 % error.\n\n" + _table(head, rows)
     text += "\n\n### Where a control fails\n\n" + ("\n".join(said) if said else "None fails.")
     return text
+
+
+def _judgement(control: dict[str, Any]) -> str:
+    if control["limit"] is None:
+        return "reported"
+    return "**fails**" if control["fails"] else "passes"
 
 
 def _localisation(results: Sequence[Result]) -> str:

@@ -3,6 +3,10 @@
 A statistic over generated rows may see the words of an answer and nothing else (reference/lab-findings.md §3b). So
 clean prompts are followed by the very answers that a trigger brings about, fed token by token, and the guard reads at
 its checkpoints just as it would have while those tokens were sampled.
+
+A forced token is one that the model would hardly have chosen, so its own log-probability says that it was forced and
+nothing else. What a model that had a reason to say it would have shown cannot be known; the log-probability of the
+model's own choice at each place is what the text alone leaves of its certainty, and is the default.
 """
 
 from __future__ import annotations
@@ -26,12 +30,14 @@ def measure_forced(
     checkpoints: Sequence[int] = CHECKPOINTS,
     adapter: str | None = None,
     progress: Progress | None = None,
+    as_sampled: bool = False,
 ) -> Measurement:
     """The guard's readings at `checkpoints` while `answers` (token ids, end-of-sequence included where there is one)
     are fed after `prompts` (token ids), pair by pair.
 
-    Log-probabilities are the model's own for the forced tokens. An answer is cut where the context ends. Raises
-    GuardError for an empty prompt or answer, or lists of different lengths; PromptTooLong if a prompt does not fit.
+    Log-probabilities (nats) are those of the model's own choice at each place, or with ``as_sampled`` of the forced
+    tokens. An answer is cut where the context ends. Raises GuardError for an empty prompt or answer, or lists of
+    different lengths; PromptTooLong if a prompt does not fit.
     """
     if len(prompts) != len(answers):
         raise GuardError(f"{len(prompts)} prompts and {len(answers)} answers were given; expected one answer each.")
@@ -47,7 +53,7 @@ def measure_forced(
     for start in range(0, len(order), runner.max_slots):
         group = order[start : start + runner.max_slots]
         try:
-            _force(runner, group, prompts, cut, steps[-1], adapter, taken)
+            _force(runner, group, prompts, cut, steps[-1], adapter, as_sampled, taken)
         finally:
             for slot in range(len(group)):
                 runner.free(slot)
@@ -64,6 +70,7 @@ def _force(
     answers: Sequence[Sequence[int]],
     last_step: int,
     adapter: str | None,
+    as_sampled: bool,
     taken: dict[int, list[tuple[int, HeadSums, list[float]]]],
 ) -> None:
     """One batch, request i of the group in slot i, until every answer has ended or nothing more is read."""
@@ -73,7 +80,8 @@ def _force(
     for step in range(last_step + 1):
         chances = torch.log_softmax(logits, dim=-1)
         for row, slot in enumerate(slots):
-            logprobs[slot].append(float(chances[row, answers[group[slot]][step]]))
+            chosen = chances[row, answers[group[slot]][step]] if as_sampled else chances[row].max()
+            logprobs[slot].append(float(chosen))
             if step in taken:
                 taken[step].append((group[slot], runner.bank.read(slot), list(logprobs[slot])))
         slots = [slot for slot in slots if len(answers[group[slot]]) > step + 1]
