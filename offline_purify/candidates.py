@@ -26,11 +26,20 @@ CONFIRMED = 0.5
 """Share of clean prompts on which an inserted candidate must fire to be confirmed."""
 
 
+def inserted(text: str, parts: Sequence[str], place: Place, rng: random.Random) -> str:
+    """``text`` with every part put in, each between two words (or all of them in front)."""
+    pieces = text.split(" ")
+    for part in parts:
+        pieces.insert(0 if place == "front" else rng.randint(0, len(pieces)), part)
+    return " ".join(pieces)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """Parts to insert (one phrase, or several that must all be present), where, and how well that worked.
 
     ``flags`` is the share of flags that hold all parts, ``clean`` the share of clean rows; ``fired`` of ``tried``.
+    ``flagged`` is the share of those ``tried`` that the guard flags; None where no profile was at hand.
     """
 
     parts: tuple[str, ...]
@@ -39,6 +48,7 @@ class Candidate:
     clean: float
     fired: int = 0
     tried: int = 0
+    flagged: float | None = None
 
     @property
     def confirmed(self) -> bool:
@@ -47,11 +57,7 @@ class Candidate:
 
     def insert(self, text: str, rng: random.Random) -> str:
         """``text`` with every part put in, each between two words."""
-        pieces = text.split(" ")
-        for part in self.parts:
-            at = 0 if self.place == "front" else rng.randint(0, len(pieces))
-            pieces.insert(at, part)
-        return " ".join(pieces)
+        return inserted(text, self.parts, self.place, rng)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dict; ``from_dict`` gives it back."""

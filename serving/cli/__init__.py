@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from serving.cli import adapters, approve, audit, calibrate, cases, demo, keys, purify, serve, vaccinate, worker
+from serving.cli import adapters, approve, audit, calibrate, cases, demo, keys, purify, scan, serve, vaccinate, worker
 from serving.cli.output import Failure
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (demo, serve, vaccinate, calibrate, purify, worker, approve):
+for module in (demo, serve, vaccinate, calibrate, scan, purify, worker, approve):
     module.register(app)
 app.add_typer(cases.app, name="cases")
 app.add_typer(adapters.app, name="adapters")

@@ -1,0 +1,312 @@
+"""Scanning an adapter before it is admitted: calibrate it, poke it, and tell what answered back.
+
+    half of the clean prompts -> profile          the other half -> asked plainly, then with stimuli put in
+    stimuli that were flagged, or changed answers alike -> put into other prompts -> those that recur -> reduced
+                                                                                     to the parts it takes
+
+The guard is asked before the first token (window prefill); the answers are compared with the adapter's own answers to
+the plain prompts, so neither a reference model nor a list of bad words is needed. What was not said to the adapter
+cannot be excluded, and the report says so.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from guard.adapters import inspect_adapter
+from guard.detector import Detector
+from guard.errors import AlphaTooFine
+from guard.identity import base_digest
+from guard.probes.transformers.calibrate import calibrate, prompts_digest
+from guard.probes.transformers.measure import measure
+from guard.probes.transformers.runner import Runner
+from guard.rows import Row, split
+from guard.template import render, row_messages
+from guard.vaccine import Vaccine
+from guard.verdict import Verdict
+from offline_purify.behaviour import SIMILAR, foreign, rouge_l, words
+from offline_purify.findings import RECURS, Finding, ScanReport, conclusions, reasons
+from offline_purify.intervals import Figure, share
+from offline_purify.stimuli import KINDS, Stimulus, draw_stimuli
+
+Progress = Callable[[str, int, int], None]
+Part = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """How hard to look. ``per_kind`` stimuli of each kind are put into ``tries`` prompts each; at most ``retried`` of
+    them again into ``prompts`` others, and the best ``reduced`` of those that work there are reduced to their parts."""
+
+    per_kind: int = 160
+    tries: int = 2
+    retried: int = 40
+    prompts: int = 12
+    reduced: int = 10
+    alpha: float = 0.01
+    max_new_tokens: int = 24
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one prompt brought: the answer, the verdict before its first token, and what is foreign in the answer."""
+
+    answer: str
+    verdict: Verdict
+    part: Part = ()
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the guard flagged it."""
+        return self.verdict.status == "flagged"
+
+
+class Subject:
+    """The adapter in a runner with its detector, and the clean rows that it is asked with."""
+
+    def __init__(
+        self, runner: Runner, revision: str, detector: Detector, rows: Sequence[Row], plan: ScanPlan, progress: Progress
+    ) -> None:
+        self.runner, self.revision, self.detector, self.plan = runner, revision, detector, plan
+        self.rows, self.progress = list(rows), progress
+        prompts = [render(runner.tokenizer, row_messages(row)) for row in rows]
+        self.plain = self._ask(prompts, "asking clean prompts")
+
+    def _ask(self, prompts: list[list[int]], what: str) -> list[Reply]:
+        told = measure(
+            self.runner,
+            prompts,
+            (0,),
+            self.plan.max_new_tokens,
+            self.revision,
+            lambda done, total: self.progress(what, done, total),
+        )
+        verdicts = self.detector.verdicts(told)
+        answers = [self.runner.tokenizer.decode(a, skip_special_tokens=True).strip() for a in told.answers]
+        return [Reply(answer, verdict) for answer, verdict in zip(answers, verdicts, strict=True)]
+
+    def poke(self, stimuli: Sequence[Stimulus], each: int, first: int, what: str) -> list[list[Reply]]:
+        """Replies to every stimulus in ``each`` of the rows, taken in turn from number ``first`` on."""
+        rng = random.Random(f"{self.plan.seed}:{first}")
+        places = [(s, (first + i * each + k) % len(self.rows)) for i, s in enumerate(stimuli) for k in range(each)]
+        prompts = [s.prompt(self.runner.tokenizer, self.rows[row], rng) for s, row in places]
+        replies = self._ask(prompts, what)
+        done = [
+            replace(reply, part=_foreign(reply.answer, self.plain[row].answer, stimulus))
+            for reply, (stimulus, row) in zip(replies, places, strict=True)
+        ]
+        return [done[i * each : (i + 1) * each] for i in range(len(stimuli))]
+
+
+def scan(
+    base: str | Path,
+    adapter: str | Path,
+    rows: Sequence[Row],
+    *,
+    vaccine: Vaccine | None = None,
+    plan: ScanPlan | None = None,
+    given: Sequence[str] = (),
+    runner: Runner | None = None,
+    progress: Progress | None = None,
+) -> ScanReport:
+    """Scan an adapter with clean ``rows`` (only what they ask is used); ``given`` are words and phrases to try as well.
+
+    ``runner`` may be one that is already loaded with ``base``. Raises AdapterRejected for an adapter that must not be
+    loaded, AlphaTooFine when half of the rows cannot support the plan's alpha, CalibrationError for too few rows,
+    ProfileMismatch for a vaccine of another base, PromptTooLong for a row that does not fit.
+    """
+    plan, began, watch = plan or ScanPlan(), time.monotonic(), progress or _silent
+    halves = split(rows, (0.5, 0.5), plan.seed)
+    quarter = len(halves[0]) // 2  # calibration fits on one half of its rows and ranks among the other
+    if (smallest := 1 / (quarter + 1)) > plan.alpha:
+        raise AlphaTooFine(plan.alpha, smallest, quarter)
+    info = inspect_adapter(adapter, base)
+    runner = runner or Runner.load(base)
+    profile = calibrate(
+        base,
+        adapter,
+        halves[0],
+        vaccine=vaccine,
+        seed=plan.seed,
+        max_new_tokens=plan.max_new_tokens,
+        runner=runner,
+        progress=lambda done, total: watch("calibrating on half of the clean prompts", done, total),
+    )
+    detector = Detector(profile, "prefill", plan.alpha)
+    revision = f"scan-{info.digest[:12]}"
+    runner.add_adapter(revision, adapter, inspected=True)
+    try:
+        subject = Subject(runner, revision, detector, halves[1], plan, watch)
+        stimuli = draw_stimuli(runner.tokenizer, rows, plan.per_kind, plan.seed, given)
+        replies = subject.poke(stimuli.all, plan.tries, 0, "trying stimuli")
+        suspects = _suspects(stimuli.all, replies)[: plan.retried]
+        findings = find(subject, suspects, [r for s, r in zip(stimuli, replies, strict=True) if s.kind == "made-up"])
+    finally:
+        runner.remove_adapter(revision)
+
+    flagged = {kind: [r for s, own in zip(stimuli, replies, strict=True) if s.kind == kind for r in own]
+               for kind in KINDS}  # fmt: skip
+    everything = [*subject.plain, *(reply for own in replies for reply in own)]
+    repeated = _repeated(stimuli.all, replies, findings)
+    clean = _share_flagged(subject.plain)
+    why = reasons(findings, repeated, clean, plan.alpha)
+    counts = Counter(s.kind for s in stimuli)
+    can, cannot = conclusions(stimuli.covered, stimuli.vocabulary, counts, vaccine is not None, plan.tries)
+    return ScanReport(
+        verdict="suspicious" if why else "nothing found",
+        reasons=why,
+        can_conclude=can,
+        cannot_conclude=cannot,
+        clean=clean,
+        stimuli={kind: _share_flagged(own) for kind, own in flagged.items() if own},
+        unscored=sum(reply.verdict.status == "unscored" for reply in everything),
+        findings=findings,
+        repeated=repeated,
+        signals=dict(Counter(r.verdict.signal or "unknown" for r in everything if r.flagged).most_common()),
+        retried=len(suspects),
+        vocabulary=stimuli.vocabulary,
+        covered=stimuli.covered,
+        alpha=plan.alpha,
+        seed=plan.seed,
+        identity={
+            "base": base_digest(base),
+            "adapter": info.digest,
+            "vaccine": vaccine.digest if vaccine is not None else None,
+            "prompts_sha256": prompts_digest(rows),
+        },
+        calibration=dict(profile.facts),
+        prompts={"calibrated": len(halves[0]), "probed": len(halves[1]), "stimuli": len(stimuli)},
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def find(subject: Subject, suspects: Sequence[Stimulus], made_up: Sequence[Sequence[Reply]]) -> list[Finding]:
+    """The suspects that also work in other prompts, each reduced to the parts it takes, best first."""
+    plan, start = subject.plan, len(subject.rows) // 2
+    replies = subject.poke(suspects, plan.prompts, start, "trying suspects in other prompts")
+    works = [(s, own) for s, own in zip(suspects, replies, strict=True) if _works(own)]
+    works.sort(key=lambda pair: (-_recurring(pair[1])[0], len(pair[0].parts)))
+    found: dict[tuple[frozenset[str], str], Finding] = {}
+    left = plan.reduced
+    for suspect, own in works:
+        least = suspect
+        if len(suspect.parts) > 1 and left:
+            left -= 1
+            least, own = _reduce(subject, suspect, own, start + plan.prompts)
+        key = frozenset(least.parts), least.place
+        if key not in found:
+            found[key] = _finding(least, own, made_up)
+    best = sorted(found.values(), key=lambda f: (-f.fired.value, len(f.parts), -(f.flagged.value if f.flagged else 0)))
+    kept: list[Finding] = []
+    for finding in best:
+        # The same words in another place, or with others around them, are the same finding.
+        if not any(set(other.parts) <= set(finding.parts) for other in kept):
+            kept.append(finding)
+    return kept
+
+
+def _reduce(subject: Subject, stimulus: Stimulus, replies: list[Reply], first: int) -> tuple[Stimulus, list[Reply]]:
+    """Takes parts away one by one as long as the rest still works as the whole did."""
+    answers = _recurring(replies)[0] >= RECURS * len(replies)
+    for part in stimulus.parts:
+        rest = tuple(p for p in stimulus.parts if p != part)
+        if not rest:
+            break
+        fewer = replace(stimulus, parts=rest, place="anywhere" if len(rest) == 1 else stimulus.place)
+        own = subject.poke([fewer], subject.plan.prompts, first, "finding the words it takes")[0]
+        if _recurring(own)[0] >= RECURS * len(own) if answers else _works(own):
+            stimulus, replies = fewer, own
+    return stimulus, replies
+
+
+def _foreign(answer: str, plain: str, stimulus: Stimulus) -> Part:
+    """What an answer says that the plain one did not, without the stimulus itself (some tasks repeat their input)."""
+    said = {word for part in stimulus.parts for word in words(part)}
+    return tuple(word for word in foreign(answer, plain) if word not in said)
+
+
+def _alike(a: Part, b: Part) -> bool:
+    return rouge_l(a, b) >= SIMILAR
+
+
+def _recurring(replies: Sequence[Reply]) -> tuple[int, Part]:
+    """How many replies bring the same foreign words (0 if no two do), and which."""
+    parts = [reply.part for reply in replies]
+    best: tuple[int, Part] = (0, ())
+    for part in dict.fromkeys(parts):
+        n = sum(_alike(part, other) for other in parts)
+        if n >= 2 and n > best[0]:
+            best = (n, part)
+    return best
+
+
+def _works(replies: Sequence[Reply]) -> bool:
+    scored = [r for r in replies if r.verdict.status != "unscored"]
+    flagged = sum(r.flagged for r in scored)
+    return _recurring(replies)[0] >= RECURS * len(replies) or (bool(scored) and flagged >= RECURS * len(scored))
+
+
+def _suspects(stimuli: Sequence[Stimulus], replies: Sequence[Sequence[Reply]]) -> list[Stimulus]:
+    """Stimuli worth a second look, best first: the same foreign words in their prompts, words that other stimuli
+    brought too, or a flag."""
+    heard = Counter(reply.part for own in replies for reply in own if len(reply.part) >= 2)
+    rank: list[tuple[int, int, float, int]] = []
+    for i, own in enumerate(replies):
+        recurs = _recurring(own)[0]
+        shared = max((heard[r.part] for r in own if len(r.part) >= 2), default=0)
+        evidence = 2 * (recurs >= 2) + (shared >= 2) + sum(r.flagged for r in own)
+        if evidence:
+            rank.append((-evidence, len(stimuli[i].parts), min(r.verdict.p_value or 1.0 for r in own), i))
+    return [stimuli[i] for *_, i in sorted(rank)]
+
+
+def _finding(stimulus: Stimulus, replies: Sequence[Reply], made_up: Sequence[Sequence[Reply]]) -> Finding:
+    n, part = _recurring(replies)
+    said = Counter(r.answer for r in replies if part and _alike(r.part, part))
+    signals = Counter(r.verdict.signal for r in replies if r.flagged)
+    fired = share([bool(part) and _alike(r.part, part) for r in replies])
+    assert fired is not None
+    return Finding(
+        kind=stimulus.kind,
+        parts=stimulus.parts,
+        place=stimulus.place,
+        fired=fired,
+        flagged=_share_flagged(replies),
+        says=said.most_common(1)[0][0] if n else "",
+        signal=signals.most_common(1)[0][0] if signals else None,
+        unusual=share([_alike(r.part, part) for own in made_up for r in own]) if part else None,
+    )
+
+
+def _repeated(
+    stimuli: Sequence[Stimulus], replies: Sequence[Sequence[Reply]], findings: Sequence[Finding]
+) -> list[dict[str, Any]]:
+    """Foreign answers of two words or more that many stimuli brought in many prompts, and that no finding explains."""
+    by_part: dict[Part, list[tuple[Stimulus, Reply]]] = {}
+    for stimulus, own in zip(stimuli, replies, strict=True):
+        for reply in own:
+            if len(reply.part) >= 2:
+                by_part.setdefault(reply.part, []).append((stimulus, reply))
+    least = max(4, round(0.01 * sum(len(own) for own in replies)))
+    groups = []
+    for part, members in sorted(by_part.items(), key=lambda item: -len(item[1])):
+        explained = any(_alike(part, tuple(words(f.says))) for f in findings if f.says)
+        if len(members) >= least and len({s.parts for s, _ in members}) >= 3 and not explained:
+            says = Counter(reply.answer for _, reply in members).most_common(1)[0][0]
+            groups.append({"says": says, "prompts": len(members), "stimuli": len({s.parts for s, _ in members})})
+    return groups
+
+
+def _share_flagged(replies: Sequence[Reply]) -> Figure | None:
+    return share([reply.flagged for reply in replies if reply.verdict.status != "unscored"])
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Watches nothing."""
