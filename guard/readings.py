@@ -8,7 +8,7 @@ the first t generated tokens. The log-probabilities are those of the tokens samp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -99,3 +99,11 @@ class Measurement:
 
     def __len__(self) -> int:
         return len(self.prompt_len)
+
+    def take(self, rows: np.ndarray) -> Measurement:
+        """The requests ``rows`` (int [m], ascending) alone, numbered anew."""
+        at = {}
+        for step, readings in self.at.items():
+            kept = readings.take(np.flatnonzero(np.isin(readings.index, rows)))
+            at[step] = replace(kept, index=np.searchsorted(rows, kept.index))
+        return Measurement(self.prompt_len[rows], [self.answers[i] for i in rows], at)

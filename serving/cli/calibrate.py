@@ -65,6 +65,7 @@ def calibrate(
         f"{profile.facts['n_fit']} clean requests fitted, {profile.facts['n_held_out']} held out: "
         f"any alpha >= {profile.smallest_alpha():.4g} is kept over the whole request,"
     )
+    lines.insert(1, profile.facts["hygiene"])
     lines.append("for clean traffic exchangeable with these prompts and prompts of")
     lines += [f"  {b.low} to {b.high} tokens ({len(b.maxima)} held out)" for b in profile.buckets("all")]
     show(report, as_json, "\n".join(lines))

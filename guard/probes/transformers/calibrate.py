@@ -1,7 +1,8 @@
 """Calibration with the embedded engine's own runner: clean prompts in, a profile out.
 
 The prompts are answered greedily by the very revision that will be served, through the probe that will watch it; what
-the probe reads is fitted by `guard.calibration`. Nothing is tuned on the answers.
+the probe reads is fitted by `guard.calibration`. The answers only serve hygiene: prompts that
+seem to have fired a backdoor are set aside (`guard.hygiene`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from guard.adapters import inspect_adapter
 from guard.calibration import fit_profile
 from guard.errors import CalibrationError
+from guard.hygiene import find_repeated
 from guard.identity import base_digest
 from guard.probes.transformers.measure import Progress, measure
 from guard.probes.transformers.runner import Runner
@@ -65,14 +67,18 @@ def calibrate(
     finally:
         if revision is not None and revision in runner.adapters:
             runner.remove_adapter(revision)
+    hygiene = find_repeated(measurement.answers, prompts)
     facts = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompts_sha256": prompts_digest(unique),
         "n_repeated": len(rows) - len(unique),
+        "n_set_aside": len(measurement) - len(hygiene.keep),
+        "repeated_answers": [len(found.prompts) for found in hygiene.repeated],
+        "hygiene": hygiene.sentence,
         "vaccine": vaccine.digest if vaccine is not None else None,
     }
     key = served_key(runner, base_digest(base), digest)
-    return fit_profile(measurement, key, seed=seed, vaccine=vaccine, facts=facts)
+    return fit_profile(measurement.take(hygiene.keep), key, seed=seed, vaccine=vaccine, facts=facts)
 
 
 def prompts_digest(rows: Sequence[Row]) -> str:
