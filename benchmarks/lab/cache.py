@@ -106,8 +106,7 @@ def ensure_tiny(
             for name, path in adapters.items()
             if fresh or not (path / REPORT).is_file()
         ]
-        if missing:
-            side_by_side(_implant, missing, progress=watch, what="implants")
+        side_by_side(_implant, missing, progress=watch, what="implants")
     return LabPaths(base, adapters)
 
 
