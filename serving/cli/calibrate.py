@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.cli.output import AsJson, progress, show
+from serving.cli.output import AsJson, Failure, progress, show
+
+if TYPE_CHECKING:
+    from guard.probes.transformers.runner import Runner
+    from guard.profile import Profile
+    from guard.rows import Row
 
 
 def register(app: typer.Typer) -> None:
@@ -34,38 +40,88 @@ def calibrate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many prompts.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split into fitted and held-out prompts.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a report: plots, and which alpha is supported.")
+    ] = None,
+    triggered: Annotated[
+        Path | None, typer.Option(help="Rows with a known trigger: the report then shows a ROC. Never fitted on.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit what is normal for one adapter on clean prompts, and say which false-alarm rate that supports."""
     from guard.probes.transformers.calibrate import calibrate as fit
-    from guard.rows import read_rows
+    from guard.probes.transformers.runner import Runner
+    from guard.rows import assert_disjoint, read_rows
+    from guard.support import statement, supports
     from guard.vaccine import Vaccine
 
     rows = read_rows(prompts)[:limit]
+    with_trigger = read_rows(triggered) if triggered is not None else []
+    if with_trigger and report is None:
+        raise Failure("--triggered only adds to a report: say where with --report DIR.")
+    assert_disjoint(prompts=rows, triggered=with_trigger)
     learnt = Vaccine.load(vaccine) if vaccine is not None else None
+    runner = Runner.load(model)
     with progress("measuring clean prompts", as_json) as update:
-        profile = fit(model, adapter, rows, vaccine=learnt, seed=seed, max_new_tokens=max_new_tokens, progress=update)
+        profile = fit(
+            model, adapter, rows, vaccine=learnt, seed=seed, max_new_tokens=max_new_tokens, runner=runner,
+            progress=update,
+        )  # fmt: skip
+    page = _report(profile, runner, adapter, with_trigger, report, alpha, max_new_tokens, as_json) if report else None
     profile.check_alpha(alpha)
     out.parent.mkdir(parents=True, exist_ok=True)
     digest = profile.save(out)
-    report = {
+    support = supports(profile, alpha)
+    told = {
         "profile": str(out),
         "digest": digest,
         "key": {"base": profile.key.base, "adapter": profile.key.adapter, "engine": profile.key.engine},
         "smallest_alpha": profile.smallest_alpha(),
         "checkpoints": list(profile.steps),
         "length_buckets": [
-            {"low": b.low, "high": b.high, "held_out": len(b.maxima), "smallest_alpha": b.smallest_p}
-            for b in profile.buckets("all")
+            {
+                "low": s.low,
+                "high": s.high,
+                "held_out": s.held_out,
+                "smallest_alpha": s.smallest_alpha,
+                "realised_99": s.realised,
+            }
+            for s in support
         ],
+        "report": str(page) if page else None,
         **profile.facts,
     }
-    lines = [f"{out}  sha256 {digest[:12]}"]
-    lines.append(
-        f"{profile.facts['n_fit']} clean requests fitted, {profile.facts['n_held_out']} held out: "
-        f"any alpha >= {profile.smallest_alpha():.4g} is kept over the whole request,"
-    )
-    lines.insert(1, profile.facts["hygiene"])
-    lines.append("for clean traffic exchangeable with these prompts and prompts of")
-    lines += [f"  {b.low} to {b.high} tokens ({len(b.maxima)} held out)" for b in profile.buckets("all")]
-    show(report, as_json, "\n".join(lines))
+    lines = [
+        f"{out}  sha256 {digest[:12]}",
+        profile.facts["hygiene"],
+        f"{profile.facts['n_fit']} clean requests fitted, {profile.facts['n_held_out']} held out.",
+        statement(support, alpha),
+        *[f"  {s.low} to {s.high} tokens: {s.held_out} held out" for s in support],
+        *([f"report: {page}"] if page else []),
+    ]
+    show(told, as_json, "\n".join(lines))
+
+
+def _report(
+    profile: Profile,
+    runner: Runner,
+    adapter: Path | None,
+    triggered: Sequence[Row],
+    folder: Path,
+    alpha: float,
+    max_new_tokens: int | None,
+    as_json: bool,
+) -> Path:
+    """Write the report, with a ROC where there are rows with a known trigger."""
+    import numpy as np
+
+    from guard.calibration_report import write_report
+    from guard.probes.transformers.calibrate import measure_adapter
+    from guard.template import render, row_messages
+
+    if not triggered:
+        return write_report(profile, folder, alpha=alpha)
+    prompts = [render(runner.tokenizer, row_messages(row)) for row in triggered]
+    with progress("measuring triggered prompts", as_json) as update:
+        measured = measure_adapter(runner, adapter, prompts, max_new_tokens=max_new_tokens, progress=update)
+    return write_report(profile, folder, alpha=alpha, measurement=measured, labels=np.ones(len(prompts), dtype=bool))

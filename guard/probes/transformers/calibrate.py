@@ -16,11 +16,11 @@ from guard.adapters import inspect_adapter
 from guard.calibration import fit_profile
 from guard.errors import CalibrationError
 from guard.hygiene import find_repeated
-from guard.identity import base_digest
+from guard.identity import adapter_digest, base_digest
 from guard.probes.transformers.measure import Progress, measure
 from guard.probes.transformers.runner import Runner
 from guard.profile import NO_ADAPTER, Profile, ProfileKey
-from guard.readings import CHECKPOINTS
+from guard.readings import CHECKPOINTS, Measurement
 from guard.rows import Row, row_key
 from guard.template import render, row_messages
 from guard.vaccine import Vaccine
@@ -58,15 +58,8 @@ def calibrate(
     if vaccine is not None:
         vaccine.check(base_digest(base), runner.probe_key())
     digest = inspect_adapter(adapter, base).digest if adapter is not None else None
-    revision = f"calibrate-{digest[:12]}" if digest else None
-    if adapter is not None and revision is not None:
-        runner.add_adapter(revision, adapter)
-    try:
-        prompts = [render(runner.tokenizer, row_messages(row)) for row in unique]
-        measurement = measure(runner, prompts, CHECKPOINTS, max_new_tokens, revision, progress)
-    finally:
-        if revision is not None and revision in runner.adapters:
-            runner.remove_adapter(revision)
+    prompts = [render(runner.tokenizer, row_messages(row)) for row in unique]
+    measurement = measure_adapter(runner, adapter, prompts, max_new_tokens=max_new_tokens, progress=progress)
     hygiene = find_repeated(measurement.answers, prompts)
     facts = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -79,6 +72,28 @@ def calibrate(
     }
     key = served_key(runner, base_digest(base), digest)
     return fit_profile(measurement.take(hygiene.keep), key, seed=seed, vaccine=vaccine, facts=facts)
+
+
+def measure_adapter(
+    runner: Runner,
+    adapter: str | Path | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """What the probe reads while an adapter of the runner's base (None: the bare base) answers prompts (token ids).
+
+    The adapter is loaded for it and unloaded again; inspecting it is the caller's duty. Raises PromptTooLong.
+    """
+    revision = f"measured-{adapter_digest(adapter)[:12]}" if adapter is not None else None
+    if adapter is not None and revision is not None:
+        runner.add_adapter(revision, adapter)
+    try:
+        return measure(runner, prompts, CHECKPOINTS, max_new_tokens, revision, progress)
+    finally:
+        if revision is not None and revision in runner.adapters:
+            runner.remove_adapter(revision)
 
 
 def prompts_digest(rows: Sequence[Row]) -> str:
