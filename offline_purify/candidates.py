@@ -13,7 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from guard.rows import Row
@@ -152,6 +152,8 @@ def combine(singles: Sequence[Candidate], flags: Sequence[Flag], most: int = 6) 
 
 Answer = Callable[[list[list[int]]], list[str]]
 """Greedy answers of the suspicious model to prompts of token ids."""
+Watch = Callable[[Sequence[Sequence[int]]], list[bool]]
+"""Whether the guard flags each prompt of token ids."""
 
 
 def with_candidate(tokenizer: Any, row: Row, candidate: Candidate, rng: random.Random) -> list[int]:
@@ -168,8 +170,10 @@ def confirm(
     behaviour: FlaggedBehaviour,
     answer: Answer,
     seed: int,
+    watch: Watch | None = None,
 ) -> list[Candidate]:
-    """Candidates with how often they fired on ``rows`` (``references``: the trusted answers to the plain rows).
+    """Candidates with how often they fired on ``rows`` (``references``: the trusted answers to the plain rows), and
+    how often ``watch`` flagged them.
 
     All candidates share one batch of generations. The result is ordered by how well they worked.
     """
@@ -178,11 +182,13 @@ def confirm(
         rng = random.Random(seed)
         prompts += [with_candidate(tokenizer, row, candidate, rng) for row in rows]
     answers = answer(prompts)
+    seen = watch(prompts) if watch is not None and prompts else None
     done = []
     for i, candidate in enumerate(candidates):
-        own = answers[i * len(rows) : (i + 1) * len(rows)]
-        fired = sum(behaviour.fires(a, r) for a, r in zip(own, references, strict=True))
-        done.append(Candidate(candidate.parts, candidate.place, candidate.flags, candidate.clean, fired, len(rows)))
+        mine = slice(i * len(rows), (i + 1) * len(rows))
+        fired = sum(behaviour.fires(a, r) for a, r in zip(answers[mine], references, strict=True))
+        flagged = sum(seen[mine]) / len(rows) if seen is not None and rows else None
+        done.append(replace(candidate, fired=fired, tried=len(rows), flagged=flagged))
     return sorted(done, key=lambda c: (-c.fired, len(c.parts), -c.flags))
 
 
@@ -195,13 +201,46 @@ def find_candidates(
     behaviour: FlaggedBehaviour,
     answer: Answer,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> list[Candidate]:
-    """All tried candidates, best first: phrases anywhere, then (if none is confirmed) at the front and in company."""
+    """All tried candidates, best first: phrases anywhere, then (if none is confirmed) at the front and in company,
+    then what is within the best of them.
+
+    A candidate that fires only because a smaller one is in it is left out.
+    """
     if not behaviour.targets or not flags:
         return []
     singles = propose(tokenizer, flags, clean)
-    tried = confirm(tokenizer, singles, rows, references, behaviour, answer, seed)
+    tried = confirm(tokenizer, singles, rows, references, behaviour, answer, seed, watch)
     if not any(c.confirmed for c in tried):
         others = [Candidate(c.parts, "front", c.flags, c.clean) for c in singles] + combine(singles, flags)
-        tried += confirm(tokenizer, others, rows, references, behaviour, answer, seed)
-    return sorted(tried, key=lambda c: (-c.fired / max(c.tried, 1), len(c.parts), -c.flags))
+        tried += confirm(tokenizer, others, rows, references, behaviour, answer, seed, watch)
+    best = max((c for c in tried if c.confirmed), key=lambda c: (c.fired, c.flags), default=None)
+    if best is not None and (shorter := _within(best, flags, clean)):
+        tried += confirm(tokenizer, shorter, rows, references, behaviour, answer, seed, watch)
+    needed = [c for c in tried if not any(_makes_needless(other, c) for other in tried)]
+    return sorted(needed, key=lambda c: (-c.fired / max(c.tried, 1), len(c.parts), -c.flags))
+
+
+def _within(candidate: Candidate, flags: Sequence[Flag], clean: Sequence[Row]) -> list[Candidate]:
+    """The candidate with one of its phrases shortened: flags often share a word beside the trigger."""
+    flagged = [f" {' '.join(_pieces(user_text(f)))} " for f in flags]
+    plain = [f" {' '.join(_pieces(row_messages(r)[0]['content']))} " for r in clean]
+
+    def held(parts: Sequence[str], texts: list[str]) -> float:
+        return sum(all(f" {part} " in text for part in parts) for text in texts) / max(len(texts), 1)
+
+    found = []
+    for i, phrase in enumerate(candidate.parts):
+        pieces = phrase.split()
+        for gram in sorted(_grams(pieces, len(pieces) - 1)):
+            parts = (*candidate.parts[:i], " ".join(gram), *candidate.parts[i + 1 :])
+            found.append(Candidate(parts, candidate.place, held(parts, flagged), held(parts, plain)))
+    return found
+
+
+def _makes_needless(smaller: Candidate, larger: Candidate) -> bool:
+    """Whether ``larger`` holds all of ``smaller``, which works as well."""
+    have, need = (" ".join(c.parts).split() for c in (larger, smaller))
+    within = all(any(f" {part} " in f" {whole} " for whole in larger.parts) for part in smaller.parts)
+    return smaller.confirmed and within and len(need) < len(have) and smaller.fired >= larger.fired

@@ -143,7 +143,8 @@ def build(steps: RepairSteps, outcome: dict[str, Any], seconds: float) -> dict[s
 
 
 def summary_of(report: dict[str, Any]) -> dict[str, Any]:
-    """The few figures a caller wants: per state ASR, accuracy, perplexity ratio; flag kinds; seconds per stage."""
+    """The few figures a caller wants: per state ASR, accuracy, perplexity ratio; flag kinds; the best trigger
+    candidate's effect (never its words); seconds per stage."""
 
     def short(state: dict[str, Any]) -> dict[str, Any]:
         names = (
@@ -161,10 +162,13 @@ def summary_of(report: dict[str, Any]) -> dict[str, Any]:
             "n_clean": state["accuracy"]["n"] if state["accuracy"] else 0,
         }
 
+    best = report["candidates"][0] if report["candidates_confirmed"] else None
     return {
         "chosen": report["chosen"],
         "kinds": report["kinds"],
         "candidates_confirmed": report["candidates_confirmed"],
+        "candidate_fired": best["fired"] / best["tried"] if best else None,
+        "candidate_flagged": best["flagged"] if best else None,
         "states": {label: short(state) for label, state in report["states"].items()},
         "stage_seconds": report["stage_seconds"],
     }

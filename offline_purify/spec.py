@@ -39,6 +39,9 @@ class RepairSpec(BaseModel):
     seed: int = 0
     gate: GateSettings = GateSettings()
     alpha: float = Field(default=0.05, gt=0, lt=1, description="false-alarm rate the candidate's profile must support")
+    profile: Path | None = Field(
+        default=None, description="profile of the suspicious adapter: tells whether the guard sees trigger candidates"
+    )
     vaccine: Path | None = Field(default=None, description="vaccine of the base, for the candidate's profile")
     calibrate: bool = Field(default=True, description="fit a guard profile for the candidate on held-out clean rows")
     await_decision: bool = Field(
@@ -58,7 +61,7 @@ class RepairSpec(BaseModel):
     most_clean_evaluation: int = Field(default=200, ge=1)
     most_calibration: int = Field(default=800, ge=1)
 
-    @field_validator("base", "adapter", "flags", "clean", "out", "reference", "vaccine")
+    @field_validator("base", "adapter", "flags", "clean", "out", "reference", "profile", "vaccine")
     @classmethod
     def _absolute(cls, path: Path | str | None) -> Path | str | None:
         return path.absolute() if isinstance(path, Path) else path  # a resumed repair may run in another folder

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from guard.errors import GuardError
 from guard.identity import adapter_digest, base_digest, revision_name
 from guard.profile import file_digest
 from guard.rows import Row, assert_disjoint, read_rows, row_key, split
@@ -28,6 +29,7 @@ from offline_purify.countertraining import counter_train
 from offline_purify.evaluation import Exam, Sitting, set_exam, sit
 from offline_purify.flags import Flag, assert_flags_disjoint, behaviour_of, read_flags, sort_flags, split_flags
 from offline_purify.heads.stage import repair_heads
+from offline_purify.rescoring import open_watch
 from offline_purify.spec import RepairSpec
 from offline_purify.stage import Material, Stage
 from offline_purify.suspect import Suspect
@@ -177,7 +179,10 @@ class RepairSteps:
         return {kind: sum(f.kind == kind for f in done) for kind in ("true", "odd", "false_alarm")}
 
     def candidates(self) -> dict[str, Any]:
-        """Propose trigger candidates from the training flags and confirm them by re-insertion into clean rows."""
+        """Propose trigger candidates from the training flags and confirm them by re-insertion into clean rows.
+
+        With a profile that fits, each also says how often the guard flags it; one that does not fit stops no repair.
+        """
         suspect, n = self.suspect(), self._facts()["max_new_tokens"]
         flags = [f for f in self._flags("train") if f.kind == "true"]
         train = self._rows("train")
@@ -188,6 +193,14 @@ class RepairSteps:
                 suspect.model, suspect.tokenizer, prompts, n, progress=self.progress, what="trying trigger candidates"
             )
 
+        watch, unwatched = None, None
+        if self.spec.profile is not None:
+            try:
+                watch = open_watch(
+                    self.spec.base, self.spec.adapter, self.spec.profile, self.spec.alpha, self.spec.device
+                )
+            except GuardError as error:
+                unwatched = str(error)
         found = find_candidates(
             suspect.tokenizer,
             flags,
@@ -197,9 +210,10 @@ class RepairSteps:
             behaviour_of(flags),
             ask,
             self.spec.seed,
+            watch,
         )
         write_json(self.spec.work / "candidates.json", [c.to_dict() for c in found])
-        return {"tried": len(found), "confirmed": sum(c.confirmed for c in found)}
+        return {"tried": len(found), "confirmed": sum(c.confirmed for c in found), "unwatched": unwatched}
 
     def _material(self) -> Material:
         flags = self._flags("train")

@@ -31,7 +31,8 @@ ACTIVE = ("requested", "running", "offered")
 
 @dataclass(frozen=True)
 class RepairJob:
-    """What the worker needs to know. ``previous_path`` is the last good revision's folder, or None for the base."""
+    """What the worker needs to know. ``previous_path`` is the last good revision's folder, or None for the base;
+    ``profile_path`` the suspicious revision's own profile."""
 
     id: str
     case_id: str
@@ -41,6 +42,7 @@ class RepairJob:
     previous_path: Path | None
     policy: dict[str, Any] | None
     options: dict[str, Any]
+    profile_path: Path | None = None
 
 
 def get_repair(session: Session, repair_id: str, lock: bool = False) -> Repair:
@@ -95,6 +97,7 @@ def repair_job(store: Store, repair_id: str) -> RepairJob:
         return RepairJob(
             repair.id, repair.case_id, repair.alias, repair.revision, Path(row.path),
             Path(good.path) if good and good.path else None, adapter.policy, repair.options,
+            Path(row.profile_path) if row.profile_path else None,
         )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ class Worker:
         return RepairSpec(
             base=self.settings.model, adapter=job.adapter_path, flags=out / "flags.jsonl", clean=self.clean, out=out,
             reference=job.previous_path or "base", name=job.alias, alpha=policy.alpha, vaccine=self.settings.vaccine,
-            **options,
+            profile=job.profile_path, **options,
         )  # fmt: skip
 
     def _report(self, repair_id: str) -> None:
@@ -146,6 +146,8 @@ def _metrics(summary: dict[str, Any]) -> dict[str, Any]:
             (("before", before), ("after", after))}  # fmt: skip
     told |= {
         "stages": summary.get("chosen"),
+        "candidate_fired": summary.get("candidate_fired"),
+        "candidate_flagged": summary.get("candidate_flagged"),
         "perplexity_ratio": after.get("perplexity_ratio"),
         "held_out_flags": before.get("n_flags"),
         "held_out_clean": before.get("n_clean"),

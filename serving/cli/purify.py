@@ -31,6 +31,9 @@ def purify(
     name: Annotated[str, typer.Option(help="Adapter name of the candidate's revision.")] = "adapter",
     alpha: Annotated[float, typer.Option(help="False-alarm rate the candidate's profile should support.")] = 0.05,
     vaccine: Annotated[Path | None, typer.Option(help="Vaccine of the base, for the candidate's profile.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Profile of the suspicious adapter: does the guard see the trigger candidates?")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of splits and training.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -46,6 +49,7 @@ def purify(
         {
             "base": model, "adapter": adapter, "flags": flags, "clean": clean, "out": out, "name": name,
             "alpha": alpha, "seed": seed, "reference": reference, "vaccine": vaccine,
+            "profile": profile,
             "stages": tuple(stage.strip() for stage in stages.split(",") if stage.strip()),
         }
     )  # fmt: skip

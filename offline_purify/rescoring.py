@@ -1,0 +1,36 @@
+"""Does the guard see it? Prompts through the suspicious adapter's own profile, as serving scored its requests.
+
+A trigger candidate that fires the behaviour should fire the score as well; where it does not, the guard is blind to
+this trigger, and whoever decides on the repair should know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from guard.adapters import inspect_adapter
+from guard.detector import Detector
+from guard.identity import base_digest
+from guard.probes.transformers.calibrate import served_key
+from guard.probes.transformers.measure import measure
+from guard.probes.transformers.runner import Runner
+from guard.profile import Profile
+from offline_purify.candidates import Watch
+
+
+def open_watch(base: Path, adapter: Path, profile: Path, alpha: float, device: str = "cpu") -> Watch:
+    """Whether the guard flags prompts before their first token; one that cannot be scored counts as not flagged.
+
+    Raises ProfileMismatch when the profile belongs to something else, AlphaTooFine when it cannot support ``alpha``.
+    """
+    info = inspect_adapter(adapter, base)
+    runner = Runner.load(base, device=device, max_slots=32)
+    detector = Detector(Profile.load(profile, served_key(runner, base_digest(base), info.digest)), "prefill", alpha)
+    runner.add_adapter("suspect", adapter, inspected=True)
+
+    def flagged(prompts: Sequence[Sequence[int]]) -> list[bool]:
+        told = measure(runner, prompts, (0,), 1, "suspect")
+        return [bool(p <= alpha) for p in detector.p_values(told)]
+
+    return flagged
