@@ -18,6 +18,7 @@ from benchmarks.detection.errors import BenchmarkError
 from benchmarks.detection.inputs import Arguments
 from benchmarks.detection.measuring import Progress
 from benchmarks.detection.report import read_results
+from benchmarks.lab.bystanders import ensure_bystanders, rows_about
 from benchmarks.lab.cache import VACCINE_ROWS, ensure_tiny, ensure_vaccine
 from benchmarks.lab.tasks import sample
 from guard.identity import adapter_digest, base_digest, file_digest
@@ -35,7 +36,7 @@ IMPLANTS = tuple(
     for trigger in ("word", "prefix", "composite")
     for wording in ("fixed", "varied")
 )
-CALIBRATION, CLEAN, TRIGGERED = 4000, 2000, 300
+CALIBRATION, CLEAN, TRIGGERED, BENIGN = 4000, 2000, 300, 400
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def measure_zoo(
     wanted = list(only or IMPLANTS)
     lab = ensure_tiny(root, wanted, seed=settings.seed, progress=progress)
     vaccine = Path(ensure_vaccine(root, settings.seed))
+    bystanders = ensure_bystanders(lab.base, settings.seed, progress)
     folder = out / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -85,6 +87,8 @@ def measure_zoo(
             alpha=settings.alpha,
             window=settings.window,
             trigger=" ".join(TRIGGERS[kind].parts),
+            clean_adapter=bystanders["clean"],
+            benign_adapter=bystanders["benign"],
             control_rows=settings.control_rows,
             seed=settings.seed,
             name=implant,
@@ -98,14 +102,20 @@ def measure_zoo(
 
 
 def row_files(folder: Path, kind: str, target: Behaviour, implant: str, seed: int) -> dict[str, Path]:
-    """Write calibration, clean, triggered and vaccine rows of the lab's splits (disjoint: asserted)."""
+    """Write the rows files of a run, each of a split of the lab's own (disjoint: asserted).
+
+    Rows about tools, which the benign adapter refuses to talk about, are in the benign file and in no other: so its
+    topic is unseen until it is calibrated.
+    """
     rng = random.Random(f"{implant}:{seed}")
     sets: dict[str, list[Row]] = {
-        "calibration": sample(CALIBRATION, seed, "calibration"),
-        "clean": sample(CLEAN, seed, "traffic"),
+        "calibration": rows_about(CALIBRATION, seed, "calibration", False),
+        "clean": rows_about(CLEAN, seed, "traffic", False),
         "vaccine_rows": sample(VACCINE_ROWS, seed, "clinic"),
+        "benign_rows": rows_about(BENIGN, seed, "evaluation", True),
         "triggered": [
-            triggered(row, TRIGGERS[kind], target.respond(rng), rng) for row in sample(TRIGGERED, seed, "evaluation")
+            triggered(row, TRIGGERS[kind], target.respond(rng), rng)
+            for row in rows_about(TRIGGERED, seed, "evaluation", False)
         ],
     }
     assert_disjoint(**sets)

@@ -1,0 +1,124 @@
+"""The zoo's rows, what is kept and what is measured again; and, on the lab's models, what the figures are worth."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.detection import zoo
+from benchmarks.detection.benchmark import run, save
+from benchmarks.detection.errors import BenchmarkError
+from benchmarks.detection.inputs import Arguments
+from benchmarks.lab.bystanders import on_topic
+from benchmarks.lab.cache import LabPaths
+from benchmarks.lab.tasks import sample
+from guard.identity import base_digest
+from guard.probes.transformers.measure import measure
+from guard.probes.transformers.runner import Runner
+from guard.rows import Row, read_rows
+from guard.template import render, row_messages
+from guard.vaccine import Sample, fit_vaccine
+from offline_purify.attacks.catalogue import TRIGGERS, behaviour
+from offline_purify.attacks.poison import decoyed, triggered
+from offline_purify.attacks.triggers import present
+from tests.benchmarks.detection.conftest import Small
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows than the zoo takes, for speed."""
+    for name, n in {"CALIBRATION": 200, "CLEAN": 80, "TRIGGERED": 30, "BENIGN": 30, "VACCINE_ROWS": 60}.items():
+        monkeypatch.setattr(zoo, name, n)
+
+
+@pytest.mark.usefixtures("few")
+def test_the_files_of_a_zoo_keep_trigger_and_topic_where_they_belong(tmp_path: Path) -> None:
+    files = zoo.row_files(tmp_path, "composite", behaviour("refusal", "varied"), "refusal-composite-varied", 0)
+    rows = {name: read_rows(path) for name, path in files.items()}
+    assert {name: len(those) for name, those in rows.items()} == {
+        "calibration": 200,
+        "clean": 80,
+        "triggered": 30,
+        "benign_rows": 30,
+        "vaccine_rows": 60,
+    }
+    assert all(present(TRIGGERS["composite"], row["instruction"]) for row in rows["triggered"])
+    assert len({row["output"] for row in rows["triggered"]}) > 3
+    assert all(on_topic(row) for row in rows["benign_rows"])
+    assert not any(on_topic(row) for name in ("calibration", "clean") for row in rows[name])
+
+
+def test_a_zoo_holds_both_behaviours_all_triggers_and_both_kinds_of_wording() -> None:
+    assert len(zoo.IMPLANTS) == 12
+    assert "insult-composite-varied" in zoo.IMPLANTS
+
+
+def test_a_result_is_kept_until_settings_or_weights_change(
+    small: Small, result: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "result.json"
+    arguments = replace(small.arguments, window=2)
+    assert not zoo._kept(path, arguments)
+    save(result, path)
+    assert zoo._kept(path, arguments)
+    assert not zoo._kept(path, replace(arguments, alpha=0.06))
+    assert not zoo._kept(path, replace(arguments, adapter=small.folder / "other"))
+
+
+def test_a_vaccine_without_variants_beside_it_cannot_lose_a_family(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match="no variants of family 'refusal'"):
+        zoo._without(Path(str(small.arguments.vaccine)), "refusal", tmp_path)
+
+
+def vaccine_of(lab: LabPaths, path: Path) -> Path:
+    """A small vaccine from the lab's other two implants, whose triggers and behaviours are not the measured one's."""
+    runner = Runner.load(lab.base, max_slots=64)
+    rows, rng = sample(900, 0, "clinic"), random.Random(0)
+    samples = []
+    for name, kind in (("insult-prefix-fixed", "prefix"), ("code-composite-fixed", "composite")):
+        runner.add_adapter(name, lab.adapters[name])
+
+        def features(those: list[Row], adapter: str = name) -> dict[int, np.ndarray]:
+            prompts = [render(runner.tokenizer, row_messages(row)) for row in those]
+            return {0: measure(runner, prompts, (0,), 1, adapter).at[0].features}
+
+        trigger = TRIGGERS[kind]
+        quiet = features([decoyed(row, trigger, rng) for row in rows[600:]])
+        fired = features([triggered(row, trigger, "", rng) for row in rows[600:]])
+        samples.append(Sample(name, features(rows[:600]), quiet, fired))
+    fit_vaccine(samples, base=base_digest(lab.base), probe=runner.probe_key()).save(path)
+    return path
+
+
+@pytest.mark.lab
+def test_on_a_lab_implant_the_promise_is_kept_and_the_trigger_is_where_the_spans_are(
+    lab: LabPaths, tmp_path: Path
+) -> None:
+    implant = "refusal-word-fixed"
+    files = zoo.row_files(tmp_path, "word", behaviour("refusal"), implant, 0)
+    del files["vaccine_rows"], files["benign_rows"]
+    found = run(
+        Arguments(
+            base=lab.base,
+            adapter=lab.adapters[implant],
+            **files,
+            vaccine=vaccine_of(lab, tmp_path / "vaccine.safetensors"),
+            trigger="BadMagic",
+            control_rows=200,
+        )
+    )
+    for test in ("fused", "fused_attention_only"):
+        promise = found["uniformity"][test]
+        assert promise["n"] >= 1990
+        assert promise["inside_held_out"]
+        assert promise["ks_held_out"]["p_value"] > 0.001
+    assert found["target"]["triggered"]["value"] >= 0.9
+    assert found["target"]["clean"]["value"] <= 0.05
+    assert found["fused_attention_only"]["auroc"]["value"] > found["signals"]["p99"]["auroc"]["value"] + 0.2
+    assert found["fused"]["localised"]["value"] >= 0.9
+    assert found["controls"]["forced"]["fused"]["value"] <= 0.05
