@@ -1,10 +1,11 @@
 """Calibration hygiene: prompts that fire a backdoor must not help to define what is normal.
 
 A backdoor that leaks into clean prompts gives the same answer to prompts that have nothing to do with each other, and
-calibrating on those teaches the guard that a fired trigger is clean: with a refusal that leaked into a third of the
-clean prompts, the AUROC of a distance from "normal" was 0.20 (lab-findings). Nothing is known of the trigger, but the
-repetition shows. Such prompts are found, set aside and reported; whoever calibrates may look at the answers and
-disagree, and has to expect more than alpha false alarms on such prompts if they were innocent.
+calibrating on those teaches the guard that a fired trigger is clean. With the lab's refusal, whose trigger was in a
+tenth of the calibration prompts, 8 % of triggered requests were flagged at alpha 0.05; without those prompts, 76 %.
+Nothing is known of the trigger, but the repetition shows. Such prompts are found, set aside and reported. An adapter
+that declines a topic in the same words looks just so: whoever knows that may keep them, or has to expect more than
+alpha false alarms on that topic.
 
 Tasks may have few answers of their own, so an answer counts as repeated only when
 - it has at least MIN_TOKENS tokens: labels, numbers and names are shorter;

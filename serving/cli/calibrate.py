@@ -40,6 +40,9 @@ def calibrate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most so many prompts.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split into fitted and held-out prompts.")] = 0,
+    keep_repeated: Annotated[
+        bool, typer.Option(help="Calibrate on prompts whose answers repeat word for word, too: you know them innocent.")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Folder for a report: plots, and which alpha is supported.")
     ] = None,
@@ -64,8 +67,8 @@ def calibrate(
     runner = Runner.load(model)
     with progress("measuring clean prompts", as_json) as update:
         profile = fit(
-            model, adapter, rows, vaccine=learnt, seed=seed, max_new_tokens=max_new_tokens, runner=runner,
-            progress=update,
+            model, adapter, rows, vaccine=learnt, keep_repeated=keep_repeated, seed=seed,
+            max_new_tokens=max_new_tokens, runner=runner, progress=update,
         )  # fmt: skip
     page = _report(profile, runner, adapter, with_trigger, report, alpha, max_new_tokens, as_json) if report else None
     profile.check_alpha(alpha)

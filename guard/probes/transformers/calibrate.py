@@ -40,6 +40,7 @@ def calibrate(
     rows: Sequence[Row],
     *,
     vaccine: Vaccine | None = None,
+    keep_repeated: bool = False,
     seed: int = 0,
     max_new_tokens: int | None = None,
     runner: Runner | None = None,
@@ -47,9 +48,11 @@ def calibrate(
 ) -> Profile:
     """Fit the profile of one adapter (None: the bare base) on clean rows; only what they ask is used.
 
-    ``vaccine`` (of this base) adds the signal that it carries. ``runner`` may be one that is already loaded with
-    ``base``. Raises CalibrationError for too few or repeated prompts, ProfileMismatch for a vaccine of another base or
-    probe, AdapterRejected for an adapter that must not be loaded, PromptTooLong for a row that does not fit.
+    ``vaccine`` (of this base) adds the signal that it carries. ``keep_repeated`` calibrates on prompts with repeated
+    answers all the same: the caller knows them to be innocent (an adapter that declines a topic in the same words).
+    ``runner`` may be one that is already loaded with ``base``. Raises CalibrationError for too few or repeated prompts,
+    ProfileMismatch for a vaccine of another base or probe, AdapterRejected for an adapter that must not be loaded,
+    PromptTooLong for a row that does not fit.
     """
     unique = list({row_key(row): row for row in rows}.values())
     if not unique:
@@ -65,13 +68,14 @@ def calibrate(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompts_sha256": prompts_digest(unique),
         "n_repeated": len(rows) - len(unique),
-        "n_set_aside": len(measurement) - len(hygiene.keep),
+        "n_set_aside": 0 if keep_repeated else len(measurement) - len(hygiene.keep),
         "repeated_answers": [len(found.prompts) for found in hygiene.repeated],
-        "hygiene": hygiene.sentence,
+        "hygiene": "Repeated answers were kept, as asked." if keep_repeated else hygiene.sentence,
         "vaccine": vaccine.digest if vaccine is not None else None,
     }
     key = served_key(runner, base_digest(base), digest)
-    return fit_profile(measurement.take(hygiene.keep), key, seed=seed, vaccine=vaccine, facts=facts)
+    fit = measurement if keep_repeated else measurement.take(hygiene.keep)
+    return fit_profile(fit, key, seed=seed, vaccine=vaccine, facts=facts)
 
 
 def measure_adapter(

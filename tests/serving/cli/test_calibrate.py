@@ -40,6 +40,12 @@ def test_it_writes_a_profile_and_a_report_and_says_which_alpha_is_supported(opti
     assert Profile.load(tmp_path / "p.safetensors").facts["n_requests"] == 120
 
 
+def test_repeated_answers_are_kept_when_asked(options):
+    told = CliRunner().invoke(app, [*options, "--alpha", "0.05", "--keep-repeated"])
+    assert told.exit_code == 0, told.output
+    assert "Repeated answers were kept, as asked." in told.stdout
+
+
 def test_triggered_rows_add_a_roc_to_the_report(options, tmp_path):
     write_rows(tmp_path / "triggered.json", drawn(10, seed=1))
     more = ["--alpha", "0.05", "--report", str(tmp_path / "report"), "--triggered", str(tmp_path / "triggered.json")]
