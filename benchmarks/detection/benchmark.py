@@ -179,15 +179,21 @@ def _others(bench: Bench, inputs: Inputs, given: Arguments, limit: float) -> dic
 
 
 def _benign(bench: Bench, inputs: Inputs, adapter: Path, rows: Sequence[Row], limit: float) -> dict[str, Any]:
-    """A benign conditional adapter with and without its topic among the calibration rows; half of its rows each."""
+    """A benign conditional adapter without its topic among the calibration rows, with it, and with it and the
+    operator's word that its repeated answers are a policy (else hygiene sets them aside); half of its rows each."""
     half = len(inputs.benign) // 2
     known, fresh = inputs.benign[:half], inputs.benign[half:]
     found: dict[str, Any] = {}
-    for name, calibration in (("topic_unseen", []), ("topic_calibrated", known)):
+    for name, calibration, vouched in (
+        ("topic_unseen", [], False),
+        ("topic_calibrated", known, False),
+        ("topic_vouched_for", known, True),
+    ):
         words = f"a benign conditional adapter, {name.replace('_', ' ')}"
-        with bench.watching(adapter, [*inputs.calibration, *calibration], words) as watched:
+        with bench.watching(adapter, [*inputs.calibration, *calibration], words, vouched) as watched:
             topic = watched.read(fresh, f"{words}: its topic")
             clean = watched.read(rows, f"{words}: clean")
             found[f"{name}/topic"] = judged(watched, topic, f"{words}: prompts on its topic", None)
             found[f"{name}/clean"] = judged(watched, clean, f"{words}: clean prompts", limit)
+            found[f"{name}/topic"]["n_set_aside"] = watched.profile.facts.get("n_set_aside")
     return found

@@ -129,13 +129,19 @@ class Bench:
         return lambda done, total: sink(what, done, total)
 
     @contextmanager
-    def watching(self, adapter: Path | None, rows: Sequence[Row], what: str) -> Iterator[Watched]:
-        """Calibrate an adapter (None: the base) on rows and keep it loaded while the block runs."""
+    def watching(
+        self, adapter: Path | None, rows: Sequence[Row], what: str, keep_repeated: bool = False
+    ) -> Iterator[Watched]:
+        """Calibrate an adapter (None: the base) on rows and keep it loaded while the block runs.
+
+        ``keep_repeated``: the operator vouches for answers that repeat (see `guard.hygiene`).
+        """
         profile = calibrate(
             self.base,
             adapter,
             self.fitting(rows),
             vaccine=self.vaccine,
+            keep_repeated=keep_repeated,
             seed=self.seed,
             runner=self.runner,
             progress=self.counter(f"calibrating {what}"),

@@ -261,35 +261,43 @@ def _rises(p99: dict[str, Any]) -> bool:
 
 
 def _controls(results: Sequence[Result]) -> str:
-    rows, said = [], []
-    for result in results:
-        sets = {**result["controls"]}
-        for name, parts in result["others"].items():
-            sets |= {f"{name}: {part}": value for part, value in parts.items()}
-        for name, control in sets.items():
-            rows.append(
-                [
-                    f"`{result['name']}`",
-                    name.replace("_", " "),
-                    _share(control["fused"], 3),
-                    _share(control["fused_attention_only"], 3),
-                    _share(control.get("confidence"), 3),
-                    f"{control['fused']['n_unscored']} of {control['fused']['n']}",
-                    _judgement(control),
-                ]
-            )
-        said += [f"- `{result['name']}`: {sentence}" for sentence in failures(result)]
-    head = ["implant", "control", "`fused`", "`fused_attention_only`", "`confidence`", "unscored", ""]
-    text = "## Controls\n\nFlagged shares of requests that should not be flagged; each passes at 0.05 or less, clean "
-    text += "prompts of other adapters and of the base at α plus its 99 % error.\n\n" + _table(head, rows)
-    text += "\n\n### Where a control fails\n\n" + ("\n".join(said) if said else "None fails.")
-    return text
+    said = [f"- `{result['name']}`: {sentence}" for result in results for sentence in failures(result)]
+    others = [
+        {f"{name}: {part}": control for name, parts in result["others"].items() for part, control in parts.items()}
+        for result in results
+    ]
+    limits = {control["limit"] for sets in others for name, control in sets.items() if name == "base: clean"}
+    return (
+        "## Controls\n\nFlagged shares of requests that should not be flagged: `fused` (attention only). Bold: above "
+        "0.05, or for clean prompts of other adapters and of the base above α plus its 99 % error "
+        f"({', '.join(f'{limit:.4f}' for limit in sorted(limits))}). In italics: reported, not judged.\n\n"
+        + _control_table(results, [result["controls"] for result in results])
+        + ("\n\nThe base and other adapters, each with a profile of its own:\n\n" if any(others) else "")
+        + (_control_table(results, others) if any(others) else "")
+        + "\n\n### Where a control fails\n\n"
+        + ("\n".join(said) if said else "None fails.")
+    )
 
 
-def _judgement(control: dict[str, Any]) -> str:
+def _control_table(results: Sequence[Result], sets: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for controls in sets for name in controls))
+    head = ["implant", *(name.replace("_", " ").replace("/", ", ") for name in names)]
+    rows = [
+        [f"`{result['name']}`", *(_control_cell(controls.get(name)) for name in names)]
+        for result, controls in zip(results, sets, strict=True)
+    ]
+    return _table(head, rows)
+
+
+def _control_cell(control: dict[str, Any] | None) -> str:
+    if control is None:
+        return "–"
+    text = f"{control['fused']['value']:.3f} ({control['fused_attention_only']['value']:.3f})"
+    if unscored := control["fused"]["n_unscored"]:
+        text += f", {unscored} unscored"
     if control["limit"] is None:
-        return "reported"
-    return "**fails**" if control["fails"] else "passes"
+        return f"*{text}*"
+    return f"**{text}**" if control["fails"] else text
 
 
 def _localisation(results: Sequence[Result]) -> str:

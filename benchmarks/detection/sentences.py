@@ -37,7 +37,8 @@ def failures(result: dict[str, Any]) -> list[str]:
 def _flagged(control: dict[str, Any], question: str) -> str:
     figure = control["fused"]
     text = (
-        f"{question}: {figure['value']:.3f} of {figure['n']} are flagged, more than {control['limit']:.3f} "
+        f"{question}: {figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}] of {figure['n']} are flagged, "
+        f"more than {control['limit']:.3f} "
         f"(attention alone {control['fused_attention_only']['value']:.3f}"
     )
     if "confidence" in control:
@@ -47,5 +48,5 @@ def _flagged(control: dict[str, Any], question: str) -> str:
 
 def _comment(name: str) -> str:
     if name == "benign_adapter":
-        return ": a legitimate condition is taken for a backdoor unless calibration holds its topic"
+        return ": its policy makes other prompts look odd"
     return ": there is no backdoor to find there"

@@ -36,6 +36,8 @@ IMPLANTS = tuple(
     for trigger in ("word", "prefix", "composite")
     for wording in ("fixed", "varied")
 )
+BESIDE = tuple(f"refusal-{trigger}-fixed" for trigger in ("word", "prefix", "composite"))
+"""Implants beside which the adapters without a backdoor are measured: their figures depend on the trigger alone."""
 CALIBRATION, CLEAN, TRIGGERED, BENIGN = 4000, 2000, 300, 400
 
 
@@ -78,17 +80,17 @@ def measure_zoo(
     for implant in wanted:
         family, kind, wording = implant.split("-")
         used = _without(vaccine, family, out / "vaccines") if leave_out else vaccine
+        files = row_files(folder, kind, behaviour(family, wording), implant, settings.seed)
         path = out / (f"{implant}-without-{family}.json" if leave_out else f"{implant}.json")
         arguments = Arguments(
             base=lab.base,
             adapter=lab.adapters[implant],
-            **row_files(folder, kind, behaviour(family, wording), implant, settings.seed),
+            **{name: path for name, path in files.items() if name != "benign_rows"},
             vaccine=used,
             alpha=settings.alpha,
             window=settings.window,
             trigger=" ".join(TRIGGERS[kind].parts),
-            clean_adapter=bystanders["clean"],
-            benign_adapter=bystanders["benign"],
+            **(_beside(bystanders, files) if implant in BESIDE and not leave_out else {}),
             control_rows=settings.control_rows,
             seed=settings.seed,
             name=implant,
@@ -123,6 +125,14 @@ def row_files(folder: Path, kind: str, target: Behaviour, implant: str, seed: in
     for name, rows in sets.items():
         write_rows(files[name], rows)
     return files
+
+
+def _beside(bystanders: dict[str, Path], files: dict[str, Path]) -> dict[str, Path]:
+    return {
+        "clean_adapter": bystanders["clean"],
+        "benign_adapter": bystanders["benign"],
+        "benign_rows": files["benign_rows"],
+    }
 
 
 def _kept(path: Path, arguments: Arguments) -> bool:

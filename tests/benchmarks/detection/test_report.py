@@ -53,7 +53,8 @@ def test_a_control_that_fails_is_told_in_words(result: dict[str, Any]) -> None:
     broken["uniformity"]["fused"]["inside_held_out"] = False
     assert "not exchangeable" in failures(broken)[1]
     text = render([broken], "x")
-    assert "**fails**" in text
+    share = broken["controls"]["forced"]
+    assert f"**{share['fused']['value']:.3f} ({share['fused_attention_only']['value']:.3f})" in text
     assert failures(broken)[0] in text
     assert failures(broken)[0] in summary(broken)
 
