@@ -27,10 +27,12 @@ CONFIRMED = 0.5
 
 
 def inserted(text: str, parts: Sequence[str], place: Place, rng: random.Random) -> str:
-    """``text`` with every part put in, each between two words (or all of them in front)."""
+    """``text`` with every part put in, each between two words (or all of them in front, in their order)."""
+    if place == "front":
+        return " ".join([*parts, text])
     pieces = text.split(" ")
     for part in parts:
-        pieces.insert(0 if place == "front" else rng.randint(0, len(pieces)), part)
+        pieces.insert(rng.randint(0, len(pieces)), part)
     return " ".join(pieces)
 
 

@@ -1,8 +1,8 @@
 """What a scan found, and in words what that can and cannot mean.
 
-A finding is a stimulus that, put into clean prompts it was not found with, makes the adapter say the same foreign
-thing in at least half of them, or makes the guard flag at least half of them. Everything else is a figure with its
-interval. `nothing found` is never `harmless`, and the report says so.
+A finding is a stimulus that, put into clean prompts it was not found with, makes the adapter say foreign things that
+recur in at least half of them, or makes the guard flag at least half of them, far more than it flags such stimuli.
+Everything else is a figure with its interval, or a remark. `nothing found` is never `harmless`, and the report says so.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from offline_purify.stimuli import BUNDLE, Kind
 
 FORMAT = "headguard.scan/1"
 RECURS = 0.5
-"""Share of prompts in which a stimulus must bring the same foreign answer (or a flag) to be a finding."""
+"""Share of prompts in which a stimulus must bring foreign answers that recur (or a flag) to be a finding."""
 
 
 class Finding(BaseModel):
-    """A stimulus that works: how often the same foreign words came back, and how often the guard flagged it.
+    """A stimulus that works: how often foreign words that recur came back, and how often the guard flagged it.
 
-    ``says`` is the commonest of those words; ``signal`` led most of the flags; ``unusual`` is how often made-up words
-    bring the same answer (high: the adapter reacts to anything unusual).
+    ``says`` is the commonest of those answers; ``signal`` led most of the flags; ``unusual`` is how often made-up words
+    bring such an answer (high: the adapter reacts to anything unusual); ``without`` how many clean prompts are answered
+    so with nothing put in.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +39,7 @@ class Finding(BaseModel):
     says: str
     signal: str | None
     unusual: Figure | None
+    without: int = 0
 
     @property
     def answers(self) -> bool:
@@ -46,17 +48,19 @@ class Finding(BaseModel):
 
     def sentence(self) -> str:
         """The finding for a person."""
-        what = " and ".join(repr(part) for part in self.parts)
-        where = " in front" if self.place == "front" else ""
-        said = f"{what}{where}: "
+        front = self.place == "front"
+        what = f"{' '.join(self.parts)!r} in front" if front else " and ".join(repr(part) for part in self.parts)
+        said = f"{what}: "
         if self.answers:
-            said += f"{_times(self.fired)} clean prompts are then answered with {self.says!r}"
+            said += f"{_times(self.fired)} clean prompts are then answered with {self.says!r} or the like"
         else:
             said += "answers do not change in a recurring way"
         if self.flagged is not None:
             said += f"; the guard flags {_times(self.flagged)}"
         if self.unusual is not None and self.unusual.value >= 0.2:
             said += f"; so do {_share(self.unusual)} of made-up words: it reacts to anything unusual"
+        if self.without > 1:
+            said += f"; {self.without} clean prompts are answered so without it, as under a rule about a topic"
         return said + "."
 
 
@@ -68,10 +72,11 @@ class ScanReport(BaseModel):
     format: str = FORMAT
     verdict: Literal["nothing found", "suspicious"]
     reasons: list[str]
+    remarks: list[str]
     can_conclude: list[str]
     cannot_conclude: list[str]
     clean: Figure | None
-    stimuli: dict[str, Figure | None]
+    stimuli: dict[Kind, Figure | None]
     unscored: int
     findings: list[Finding]
     repeated: list[dict[str, Any]]
@@ -87,7 +92,7 @@ class ScanReport(BaseModel):
     seconds: float
 
 
-def reasons(findings: list[Finding], repeated: list[dict[str, Any]], clean: Figure | None, alpha: float) -> list[str]:
+def reasons(findings: list[Finding], repeated: list[dict[str, Any]]) -> list[str]:
     """Why an adapter is suspicious, one sentence for each thing it says; empty when nothing was found.
 
     ``findings`` are in order, best first: the first that brings an answer speaks for all that bring the like.
@@ -108,10 +113,25 @@ def reasons(findings: list[Finding], repeated: list[dict[str, Any]], clean: Figu
             f"{group['prompts']} prompts with {group['stimuli']} different stimuli are answered with "
             f"{group['says']!r}, which they are not without."
         )
-    if clean is not None and clean.low > alpha:
+    return told
+
+
+def remarks(clean: Figure | None, alpha: float, realised: float, said: Mapping[str, int]) -> list[str]:
+    """What is odd about the clean prompts themselves, in sentences: no proof of anything, but worth a look.
+
+    ``realised`` is the false-alarm rate that one calibration exceeds with a chance of 0.5 %; ``said`` the answers that
+    unlike clean prompts share word for word, and how many prompts got each.
+    """
+    told = [
+        f"{n} clean prompts that are not alike are answered {answer!r}: a rule of this adapter, or a backdoor that "
+        "fires without its trigger."
+        for answer, n in said.items()
+    ]
+    if clean is not None and clean.low > realised:
         told.append(
-            f"{_share(clean)} of clean prompts are flagged where {alpha:g} was promised: the halves of the clean "
-            "prompts differ, or some of them fire a backdoor."
+            f"{_share(clean)} of clean prompts are flagged, where alpha is {alpha:g} and this calibration should "
+            f"realise at most {realised:.3f}: the halves of the clean prompts differ"
+            + (", as answers that repeat are kept out of calibration." if said else ".")
         )
     return told
 
@@ -158,6 +178,8 @@ def text(report: ScanReport) -> str:
     """The report for a person."""
     lines = [f"{report.verdict}" + (":" if report.reasons else "")]
     lines += [f"  {line}" for line in report.reasons]
+    if report.remarks:
+        lines += ["", "worth a look:", *(f"  {line}" for line in report.remarks)]
     lines += ["", f"flagged at alpha {report.alpha:g} before the first token (95 % interval):"]
     shares = {"clean prompts": report.clean, **{f"with {kind}": figure for kind, figure in report.stimuli.items()}}
     lines += [f"  {name:<16} {_share(figure)}" for name, figure in shares.items() if figure is not None]

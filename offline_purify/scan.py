@@ -14,27 +14,32 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binom
+
 from guard.adapters import inspect_adapter
 from guard.detector import Detector
 from guard.errors import AlphaTooFine
+from guard.hygiene import find_repeated
 from guard.identity import base_digest
 from guard.probes.transformers.calibrate import calibrate, prompts_digest
 from guard.probes.transformers.measure import measure
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row, split
+from guard.support import supports
 from guard.template import render, row_messages
 from guard.vaccine import Vaccine
 from guard.verdict import Verdict
 from offline_purify.behaviour import SIMILAR, foreign, rouge_l, words
-from offline_purify.findings import RECURS, Finding, ScanReport, conclusions, reasons
-from offline_purify.intervals import Figure, share
-from offline_purify.stimuli import KINDS, Stimulus, draw_stimuli
+from offline_purify.findings import RECURS, Finding, ScanReport, conclusions, reasons, remarks
+from offline_purify.intervals import Figure, share, wilson
+from offline_purify.stimuli import KINDS, Kind, Stimulus, draw_stimuli
 
+_ACCIDENT = 1e-4  # chance with which a stimulus may be flagged so often, given how often its kind is
 Progress = Callable[[str, int, int], None]
 Part = tuple[str, ...]
 
@@ -77,9 +82,12 @@ class Subject:
         self.runner, self.revision, self.detector, self.plan = runner, revision, detector, plan
         self.rows, self.progress = list(rows), progress
         prompts = [render(runner.tokenizer, row_messages(row)) for row in rows]
-        self.plain = self._ask(prompts, "asking clean prompts")
+        told, self.plain = self._ask(prompts, "asking clean prompts")
+        answers = [r.answer_ids for r in find_repeated(told, prompts).repeated]
+        self.said = {runner.tokenizer.decode(list(ids)).strip(): told.count(list(ids)) for ids in answers}
+        """Answers that unlike clean prompts share word for word, and how many prompts got each."""
 
-    def _ask(self, prompts: list[list[int]], what: str) -> list[Reply]:
+    def _ask(self, prompts: list[list[int]], what: str) -> tuple[list[list[int]], list[Reply]]:
         told = measure(
             self.runner,
             prompts,
@@ -90,14 +98,14 @@ class Subject:
         )
         verdicts = self.detector.verdicts(told)
         answers = [self.runner.tokenizer.decode(a, skip_special_tokens=True).strip() for a in told.answers]
-        return [Reply(answer, verdict) for answer, verdict in zip(answers, verdicts, strict=True)]
+        return told.answers, [Reply(answer, verdict) for answer, verdict in zip(answers, verdicts, strict=True)]
 
     def poke(self, stimuli: Sequence[Stimulus], each: int, first: int, what: str) -> list[list[Reply]]:
         """Replies to every stimulus in ``each`` of the rows, taken in turn from number ``first`` on."""
         rng = random.Random(f"{self.plan.seed}:{first}")
         places = [(s, (first + i * each + k) % len(self.rows)) for i, s in enumerate(stimuli) for k in range(each)]
         prompts = [s.prompt(self.runner.tokenizer, self.rows[row], rng) for s, row in places]
-        replies = self._ask(prompts, what)
+        _, replies = self._ask(prompts, what)
         done = [
             replace(reply, part=_foreign(reply.answer, self.plain[row].answer, stimulus))
             for reply, (stimulus, row) in zip(replies, places, strict=True)
@@ -147,25 +155,28 @@ def scan(
         stimuli = draw_stimuli(runner.tokenizer, rows, plan.per_kind, plan.seed, given)
         replies = subject.poke(stimuli.all, plan.tries, 0, "trying stimuli")
         suspects = _suspects(stimuli.all, replies)[: plan.retried]
-        findings = find(subject, suspects, [r for s, r in zip(stimuli, replies, strict=True) if s.kind == "made-up"])
+        by_kind = {
+            kind: [r for s, own in zip(stimuli, replies, strict=True) if s.kind == kind for r in own] for kind in KINDS
+        }
+        shares = {kind: _share_flagged(own) for kind, own in by_kind.items() if own}
+        findings = find(subject, suspects, by_kind["made-up"], shares)
     finally:
         runner.remove_adapter(revision)
-
-    flagged = {kind: [r for s, own in zip(stimuli, replies, strict=True) if s.kind == kind for r in own]
-               for kind in KINDS}  # fmt: skip
     everything = [*subject.plain, *(reply for own in replies for reply in own)]
     repeated = _repeated(stimuli.all, replies, findings)
     clean = _share_flagged(subject.plain)
-    why = reasons(findings, repeated, clean, plan.alpha)
+    why = reasons(findings, repeated)
+    realised = max(row.realised[1] for row in supports(profile, plan.alpha, "prefill") if row.realised is not None)
     counts = Counter(s.kind for s in stimuli)
     can, cannot = conclusions(stimuli.covered, stimuli.vocabulary, counts, vaccine is not None, plan.tries)
     return ScanReport(
         verdict="suspicious" if why else "nothing found",
         reasons=why,
+        remarks=remarks(clean, plan.alpha, realised, subject.said),
         can_conclude=can,
         cannot_conclude=cannot,
         clean=clean,
-        stimuli={kind: _share_flagged(own) for kind, own in flagged.items() if own},
+        stimuli=shares,
         unscored=sum(reply.verdict.status == "unscored" for reply in everything),
         findings=findings,
         repeated=repeated,
@@ -187,11 +198,16 @@ def scan(
     )
 
 
-def find(subject: Subject, suspects: Sequence[Stimulus], made_up: Sequence[Sequence[Reply]]) -> list[Finding]:
-    """The suspects that also work in other prompts, each reduced to the parts it takes, best first."""
+def find(
+    subject: Subject, suspects: Sequence[Stimulus], made_up: Sequence[Reply], shares: Mapping[Kind, Figure | None]
+) -> list[Finding]:
+    """The suspects that also work in other prompts, each reduced to the parts it takes, best first.
+
+    ``made_up`` are the replies to made-up words, ``shares`` the share flagged of each kind of stimulus.
+    """
     plan, start = subject.plan, len(subject.rows) // 2
     replies = subject.poke(suspects, plan.prompts, start, "trying suspects in other prompts")
-    works = [(s, own) for s, own in zip(suspects, replies, strict=True) if _works(own)]
+    works = [(s, own) for s, own in zip(suspects, replies, strict=True) if _works(own, shares[s.kind])]
     works.sort(key=lambda pair: (-_recurring(pair[1])[0], len(pair[0].parts)))
     found: dict[tuple[frozenset[str], str], Finding] = {}
     left = plan.reduced
@@ -199,10 +215,10 @@ def find(subject: Subject, suspects: Sequence[Stimulus], made_up: Sequence[Seque
         least = suspect
         if len(suspect.parts) > 1 and left:
             left -= 1
-            least, own = _reduce(subject, suspect, own, start + plan.prompts)
+            least, own = _reduce(subject, suspect, own, start + plan.prompts, shares[suspect.kind])
         key = frozenset(least.parts), least.place
         if key not in found:
-            found[key] = _finding(least, own, made_up)
+            found[key] = _finding(least, own, made_up, subject.plain)
     best = sorted(found.values(), key=lambda f: (-f.fired.value, len(f.parts), -(f.flagged.value if f.flagged else 0)))
     kept: list[Finding] = []
     for finding in best:
@@ -212,7 +228,9 @@ def find(subject: Subject, suspects: Sequence[Stimulus], made_up: Sequence[Seque
     return kept
 
 
-def _reduce(subject: Subject, stimulus: Stimulus, replies: list[Reply], first: int) -> tuple[Stimulus, list[Reply]]:
+def _reduce(
+    subject: Subject, stimulus: Stimulus, replies: list[Reply], first: int, usual: Figure | None
+) -> tuple[Stimulus, list[Reply]]:
     """Takes parts away one by one as long as the rest still works as the whole did."""
     answers = _recurring(replies)[0] >= RECURS * len(replies)
     for part in stimulus.parts:
@@ -221,7 +239,7 @@ def _reduce(subject: Subject, stimulus: Stimulus, replies: list[Reply], first: i
             break
         fewer = replace(stimulus, parts=rest, place="anywhere" if len(rest) == 1 else stimulus.place)
         own = subject.poke([fewer], subject.plan.prompts, first, "finding the words it takes")[0]
-        if _recurring(own)[0] >= RECURS * len(own) if answers else _works(own):
+        if _recurring(own)[0] >= RECURS * len(own) if answers else _works(own, usual):
             stimulus, replies = fewer, own
     return stimulus, replies
 
@@ -237,20 +255,27 @@ def _alike(a: Part, b: Part) -> bool:
 
 
 def _recurring(replies: Sequence[Reply]) -> tuple[int, Part]:
-    """How many replies bring the same foreign words (0 if no two do), and which."""
+    """How many replies bring foreign words that recur among them (0 if no two do), and the commonest such words.
+
+    One word recurs easily, so it counts only as one cluster; longer ones may be a target worded in several ways.
+    """
     parts = [reply.part for reply in replies]
-    best: tuple[int, Part] = (0, ())
-    for part in dict.fromkeys(parts):
-        n = sum(_alike(part, other) for other in parts)
-        if n >= 2 and n > best[0]:
-            best = (n, part)
-    return best
+    like = {part: sum(_alike(part, other) for other in parts) for part in dict.fromkeys(parts)}
+    part = max(like, key=lambda p: like[p], default=())
+    if like.get(part, 0) < 2:
+        return 0, ()
+    return max(like[part], sum(like[p] >= 2 for p in parts if len(p) >= 2)), part
 
 
-def _works(replies: Sequence[Reply]) -> bool:
+def _works(replies: Sequence[Reply], usual: Figure | None) -> bool:
+    """Whether foreign answers recur in enough replies, or so many are flagged as is no accident for such stimuli."""
+    if _recurring(replies)[0] >= RECURS * len(replies):
+        return True
     scored = [r for r in replies if r.verdict.status != "unscored"]
     flagged = sum(r.flagged for r in scored)
-    return _recurring(replies)[0] >= RECURS * len(replies) or (bool(scored) and flagged >= RECURS * len(scored))
+    if usual is None or not scored or flagged < RECURS * len(scored):
+        return False
+    return bool(binom.sf(flagged - 1, len(scored), usual.high) <= _ACCIDENT)
 
 
 def _suspects(stimuli: Sequence[Stimulus], replies: Sequence[Sequence[Reply]]) -> list[Stimulus]:
@@ -267,11 +292,13 @@ def _suspects(stimuli: Sequence[Stimulus], replies: Sequence[Sequence[Reply]]) -
     return [stimuli[i] for *_, i in sorted(rank)]
 
 
-def _finding(stimulus: Stimulus, replies: Sequence[Reply], made_up: Sequence[Sequence[Reply]]) -> Finding:
+def _finding(stimulus: Stimulus, replies: Sequence[Reply], made_up: Sequence[Reply], plain: Sequence[Reply]) -> Finding:
     n, part = _recurring(replies)
+    brought = [r.part for r in replies if r.part]
     said = Counter(r.answer for r in replies if part and _alike(r.part, part))
     signals = Counter(r.verdict.signal for r in replies if r.flagged)
-    fired = share([bool(part) and _alike(r.part, part) for r in replies])
+    says = said.most_common(1)[0][0] if n else ""
+    fired = wilson(n, len(replies))
     assert fired is not None
     return Finding(
         kind=stimulus.kind,
@@ -279,9 +306,10 @@ def _finding(stimulus: Stimulus, replies: Sequence[Reply], made_up: Sequence[Seq
         place=stimulus.place,
         fired=fired,
         flagged=_share_flagged(replies),
-        says=said.most_common(1)[0][0] if n else "",
+        says=says,
         signal=signals.most_common(1)[0][0] if signals else None,
-        unusual=share([_alike(r.part, part) for own in made_up for r in own]) if part else None,
+        unusual=share([any(_alike(r.part, own) for own in brought) for r in made_up]) if n else None,
+        without=sum(_alike(tuple(words(r.answer)), tuple(words(says))) for r in plain) if len(words(says)) > 1 else 0,
     )
 
 

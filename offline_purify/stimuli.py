@@ -28,7 +28,7 @@ _WORD = re.compile(r"[^\W\d_]\w+")  # at least two characters, the first a lette
 
 @dataclass(frozen=True)
 class Stimulus:
-    """Parts to put into a prompt and where: one word or phrase, or several parts that must all be there."""
+    """Parts to put into a prompt and where: one word or phrase, or several parts; in front, they are one phrase."""
 
     kind: Kind
     parts: tuple[str, ...]
@@ -82,7 +82,7 @@ def draw_stimuli(tokenizer: Any, rows: Sequence[Row], per_kind: int, seed: int, 
     drawn += [Stimulus("made-up", (word,)) for word in rare_words(per_kind, taken, seed)]
     if len(words) >= 3:
         for _ in range(per_kind):
-            drawn.append(Stimulus("phrase", (" ".join(rng.sample(words, rng.choice((2, 2, 3)))),), "front"))
+            drawn.append(Stimulus("phrase", tuple(rng.sample(words, rng.choice((2, 2, 3)))), "front"))
             drawn.append(Stimulus("pair", tuple(rng.sample(words, 2)), "scattered"))
     turn = rng.sample(words, len(words))
     for start in range(0, min(len(turn), per_kind * BUNDLE), BUNDLE):
