@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from benchmarks.detection import zoo
 from benchmarks.detection.benchmark import run, save
@@ -22,10 +24,11 @@ from guard.probes.transformers.measure import measure
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row, read_rows
 from guard.template import render, row_messages
-from guard.vaccine import Sample, fit_vaccine
+from guard.vaccine import Sample, Vaccine, fit_vaccine
 from offline_purify.attacks.catalogue import TRIGGERS, behaviour
 from offline_purify.attacks.poison import decoyed, triggered
 from offline_purify.attacks.triggers import present
+from offline_purify.variants.making import load_variant
 from tests.benchmarks.detection.conftest import Small
 
 
@@ -73,6 +76,28 @@ def test_a_result_is_kept_until_settings_or_weights_change(
 def test_a_vaccine_without_variants_beside_it_cannot_lose_a_family(small: Small, tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="no variants of family 'refusal'"):
         zoo._without(Path(str(small.arguments.vaccine)), "refusal", tmp_path)
+
+
+def test_a_vaccine_without_a_family_learns_from_the_other_variants(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, family in (("00-refusal-word", "refusal"), ("01-insult-word", "insult")):
+        folder = tmp_path / "made" / name
+        folder.mkdir(parents=True)
+        kinds = {"normal": 0.0, "quiet": 0.0, "fired": 1.0}
+        arrays = {f"{kind}/0": rng.normal(shift, 1.0, (60, 5)) for kind, shift in kinds.items()}
+        save_file(arrays, folder / "features.safetensors")
+        about = {"name": name, "family": family, "fired": 1.0, "leaked": 0.0}
+        (folder / "variant.json").write_text(json.dumps(about))
+    whole = tmp_path / "made" / "vaccine.safetensors"
+    samples = [load_variant(path.parent).sample for path in sorted((tmp_path / "made").glob("*/variant.json"))]
+    fit_vaccine(samples, base="b" * 64, probe={"layers": 1}, facts={"trigger_words": ["x"]}).save(whole)
+    path = zoo._without(whole, "refusal", tmp_path / "cache")
+    found = Vaccine.load(path)
+    assert found.facts["variants"] == ["01-insult-word"]
+    assert found.facts["without"] == "refusal"
+    assert found.base == "b" * 64
+    before = path.stat().st_mtime_ns
+    assert zoo._without(whole, "refusal", tmp_path / "cache").stat().st_mtime_ns == before
 
 
 def vaccine_of(lab: LabPaths, path: Path) -> Path:
