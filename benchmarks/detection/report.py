@@ -6,19 +6,17 @@ Everything is rendered from the JSON alone, and every sentence that judges says 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.detection import paper
+from benchmarks.detection import sections
 from benchmarks.detection.benchmark import FORMAT
 from benchmarks.detection.errors import BenchmarkError
 from benchmarks.detection.plots import draw_figure_1, draw_roc
+from benchmarks.detection.sections import SHOWN, Result, powers
 from benchmarks.detection.sentences import failures
 
-Result = dict[str, Any]
-SHOWN = ("fused", "fused_attention_only", "confidence", "p99", "frac99", "shift", "vaccinated", "focus")
-_TITLE = "# Detection: what is found, what is promised, what is flagged in error\n"
+_TITLE = "# Detection: what is found, what is promised, what is flagged in error"
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
@@ -57,30 +55,28 @@ def render(results: Sequence[Result], plots: str, preface: str = "") -> str:
     main = whole or list(results)
     parts = [
         _TITLE,
-        preface.strip(),
-        _settings(main),
-        _power(main),
+        preface,
+        sections.settings(main),
+        sections.power(main),
         f"![ROC curves]({plots}-roc.png)",
-        _before_answer(main),
+        sections.before_answer(main),
+        sections.left_out(partial, whole) if partial and whole else "",
+        sections.promise(main),
+        sections.ablation(main),
+        sections.paper(main, plots),
+        sections.controls(main),
+        sections.localisation(main),
+        sections.reading(),
+        sections.provenance(results),
     ]
-    if partial and whole:
-        parts.append(_left_out(partial, whole))
-    parts += [
-        _promise(main),
-        _ablation(main),
-        _paper(main, plots),
-        _controls(main),
-        _localisation(main),
-        _provenance(results),
-    ]
-    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
 def summary(result: Result) -> str:
     """One result in a few lines for a terminal."""
     lines = [f"{'':22}  AUROC   TPR (95 %)            FPR"]
     for name in SHOWN:
-        power = _powers(result).get(name)
+        power = powers(result).get(name)
         if power:
             tpr = power["tpr"]
             lines.append(
@@ -97,255 +93,3 @@ def _read(path: Path) -> Result | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BenchmarkError(f"{path} cannot be read as a result: {error}") from error
     return result if isinstance(result, dict) and result.get("format") == FORMAT else None
-
-
-def _powers(result: Result) -> dict[str, Any]:
-    return {"fused": result["fused"], "fused_attention_only": result["fused_attention_only"], **result["signals"]}
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _share(figure: dict[str, Any] | None, digits: int = 2) -> str:
-    if figure is None:
-        return "–"
-    return f"{figure['value']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
-
-
-def _value(figure: dict[str, Any] | None, digits: int = 3) -> str:
-    return "–" if figure is None else f"{figure['value']:.{digits}f}"
-
-
-def _settings(results: Sequence[Result]) -> str:
-    def all_of(group: str, key: str) -> str:
-        return ", ".join(sorted({str(result[group].get(key, 0)) for result in results}))
-
-    counts = "; ".join(f"{name} {all_of('n', name)}" for name in ("calibration", "clean", "triggered"))
-    return (
-        f"Nominal false-alarm rate α = {all_of('settings', 'alpha')} over the whole request; window: "
-        f"{all_of('settings', 'window')}; prompts: {counts}; seed {all_of('settings', 'seed')}. Shares have 95 % "
-        "Wilson intervals, AUROC a bootstrap one. An unscored request counts as not flagged.\n\n"
-        "`fused` is the test that a server runs. `fused_attention_only` is the same without `confidence`, which is the "
-        "log-probability of what the model says, no attention in it: attention is worth what it adds to that."
-    )
-
-
-def _power(results: Sequence[Result]) -> str:
-    names = [name for name in SHOWN if any(name in _powers(result) for result in results)]
-
-    def cell(result: Result, name: str) -> str:
-        power = _powers(result).get(name)
-        if power is None:
-            return "–"
-        return f"{power['auroc']['value']:.3f} / {power['tpr']['value']:.2f} / {power['fpr']['value']:.3f}"
-
-    rows = [[f"`{result['name']}`", *(cell(result, name) for name in names)] for result in results]
-    return "## Power\n\nAUROC / TPR at α / measured FPR.\n\n" + _table(["implant", *(f"`{n}`" for n in names)], rows)
-
-
-def _before_answer(results: Sequence[Result]) -> str:
-    rows = []
-    for result in results:
-        fused, target = result["fused"], result.get("target")
-        rows.append(
-            [
-                f"`{result['name']}`",
-                _share(target["triggered"]) if target else "–",
-                _share(fused["tpr"]),
-                _share(result["fused_attention_only"]["tpr"]),
-                _share(fused["before_first_token"]),
-                "–" if fused["median_step"] is None else f"{fused['median_step']:g}",
-            ]
-        )
-    head = ["implant", "target said under trigger", "TPR `fused`", "TPR attention only", "before the first token"]
-    return (
-        '## The fused test in full\n\n"Before the first token": share of the flagged that were flagged at the row of '
-        "the last prompt position.\n\n" + _table([*head, "median step"], rows)
-    )
-
-
-def _left_out(partial: Sequence[Result], whole: Sequence[Result]) -> str:
-    full = {result["name"]: result for result in whole}
-    rows = []
-    for result in partial:
-        name = result["notes"].get("implant", result["name"])
-        other = full.get(name)
-        cells = [f"`{name}`", result["notes"]["left_out"]]
-        for test in ("fused", "fused_attention_only", "vaccinated"):
-            before = _powers(other).get(test) if other else None
-            after = _powers(result).get(test)
-            cells.append(f"{_value(after and after['tpr'], 2)} ({_value(before and before['tpr'], 2)})")
-        rows.append(cells)
-    head = ["implant", "family left out", "`fused`", "`fused_attention_only`", "`vaccinated`"]
-    return (
-        "## Leave one family out\n\nTPR at α when the vaccine never saw the implant's behaviour family (in brackets: "
-        "with it).\n\n" + _table(head, rows)
-    )
-
-
-def _promise(results: Sequence[Result]) -> str:
-    rows = []
-    for result in results:
-        for test in ("fused", "fused_attention_only"):
-            u = result["uniformity"][test]
-            low, high = u["interval"]
-            wide_low, wide_high = u["interval_held_out"]
-            rows.append(
-                [
-                    f"`{result['name']}`",
-                    f"`{test}`",
-                    f"{u['fpr']:.4f} of {u['n']}",
-                    f"[{low:.4f}, {high:.4f}] {'yes' if u['inside'] else '**no**'}",
-                    f"[{wide_low:.4f}, {wide_high:.4f}] {'yes' if u['inside_held_out'] else '**no**'}",
-                    f"{u['ks']['statistic']:.3f}, p = {u['ks']['p_value']:.3f}",
-                    f"{u['ks_held_out']['statistic']:.3f}, p = {u['ks_held_out']['p_value']:.3f}",
-                ]
-            )
-    head = ["implant", "test", "flagged clean", "99 % binomial", "99 % with finite calibration", "KS uniform"]
-    return (
-        "## The promise\n\nA clean request is flagged with probability at most α if it is exchangeable with the "
-        "calibration's. That is an average over calibrations: one calibration of n held-out requests keeps α up to its "
-        "own sampling error, which the beta-binomial interval and the two-sample Kolmogorov-Smirnov test account for "
-        "and the plain ones do not.\n\n" + _table([*head, "KS against the held-out"], rows)
-    )
-
-
-def _ablation(results: Sequence[Result]) -> str:
-    names = sorted({name for result in results for name in result["ablation"]})
-    if not names:
-        return ""
-    rows = []
-    for result in results:
-        cells = [f"`{result['name']}`", f"{_value(result['fused']['tpr'], 2)} / {_value(result['fused']['fpr'])}"]
-        for name in names:
-            power = result["ablation"].get(name)
-            cells.append(f"{_value(power['tpr'], 2)} / {_value(power['fpr'])}" if power else "–")
-        rows.append(cells)
-    return "## Ablation\n\nTPR / FPR of the fused test with one of its signals taken out.\n\n" + _table(
-        ["implant", "`fused`", *names], rows
-    )
-
-
-def _paper(results: Sequence[Result], plots: str) -> str:
-    rows = []
-    for attack, values in paper.TABLE_1.items():
-        rows.append([f"paper: {attack}, Llama-2-7B", f"{values['clean']:.4f}", f"{values['triggered']:.4f}", "–", "–"])
-    for result in results:
-        for kind, words in (("generated", "generated rows"), ("prompt", "last prompt row")):
-            p99, frac = result["paper"][kind]["p99"], result["paper"][kind]["frac99"]
-            near = paper.LIKE.get(str(result["trigger"]["kind"]))
-            like = f", like {near}" if near and kind == "generated" else ""
-            rows.append(
-                [
-                    f"`{result['name']}`, {words}{like}",
-                    _value(p99["clean"], 4),
-                    _value(p99["triggered"], 4),
-                    _value(frac["clean"], 4),
-                    _value(frac["triggered"], 4),
-                ]
-            )
-    rises = [r for r in results if _rises(r["paper"]["generated"]["p99"])]
-    head = ["", "p99 clean", "p99 triggered", "share > 0.99 clean", "share > 0.99 triggered"]
-    return (
-        "## The paper's Table 1 and Figure 1 beside ours\n\nThe paper reports the 99th percentile of head-pair cosines "
-        f"over the rows of generated tokens (Table 1), and {paper.FIGURE_1} (Figure 1). Ours are means over requests, "
-        f"pairs within a layer. Over generated rows the percentile rises under the trigger for {len(rises)} of "
-        f"{len(results)} implants.\n\n" + _table(head, rows) + f"\n\n![Figure 1, ours]({plots}-figure-1.png)"
-    )
-
-
-def _rises(p99: dict[str, Any]) -> bool:
-    return bool(p99["clean"] and p99["triggered"] and p99["triggered"]["low"] > p99["clean"]["high"])
-
-
-def _controls(results: Sequence[Result]) -> str:
-    said = [f"- `{result['name']}`: {sentence}" for result in results for sentence in failures(result)]
-    others = [
-        {f"{name}: {part}": control for name, parts in result["others"].items() for part, control in parts.items()}
-        for result in results
-    ]
-    limits = {control["limit"] for sets in others for name, control in sets.items() if name == "base: clean"}
-    return (
-        "## Controls\n\nFlagged shares of requests that should not be flagged: `fused` (attention only). Bold: above "
-        "0.05, or for clean prompts of other adapters and of the base above α plus its 99 % error "
-        f"({', '.join(f'{limit:.4f}' for limit in sorted(limits))}). In italics: reported, not judged.\n\n"
-        + _control_table(results, [result["controls"] for result in results])
-        + ("\n\nThe base and other adapters, each with a profile of its own:\n\n" if any(others) else "")
-        + (_control_table(results, others) if any(others) else "")
-        + "\n\n### Where a control fails\n\n"
-        + ("\n".join(said) if said else "None fails.")
-    )
-
-
-def _control_table(results: Sequence[Result], sets: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for controls in sets for name in controls))
-    head = ["implant", *(name.replace("_", " ").replace("/", ", ") for name in names)]
-    rows = [
-        [f"`{result['name']}`", *(_control_cell(controls.get(name)) for name in names)]
-        for result, controls in zip(results, sets, strict=True)
-    ]
-    return _table(head, rows)
-
-
-def _control_cell(control: dict[str, Any] | None) -> str:
-    if control is None:
-        return "–"
-    text = f"{control['fused']['value']:.3f} ({control['fused_attention_only']['value']:.3f})"
-    if unscored := control["fused"]["n_unscored"]:
-        text += f", {unscored} unscored"
-    if control["limit"] is None:
-        return f"*{text}*"
-    return f"**{text}**" if control["fails"] else text
-
-
-def _localisation(results: Sequence[Result]) -> str:
-    rows = []
-    for result in results:
-        places = result["fused"]["localised"]
-        trigger = result["trigger"]
-        rows.append(
-            [
-                f"`{result['name']}`",
-                str(trigger["kind"] or "none found"),
-                trigger["how"],
-                _share(places),
-                _share(places["whole"]) if places else "–",
-                f"{places['covered']:.2f}" if places else "–",
-            ]
-        )
-    head = [
-        "implant",
-        "trigger",
-        "known how",
-        "top three spans touch it",
-        "touch every part",
-        "share of prompt covered",
-    ]
-    return (
-        "## Localisation\n\nOf the flagged triggered requests: do the three heaviest focus spans overlap the trigger's "
-        "tokens? The last column is how much of the prompt the spans take up, which is roughly what a blind guess "
-        "would score on a one-token trigger.\n\n" + _table(head, rows)
-    )
-
-
-def _provenance(results: Sequence[Result]) -> str:
-    rows = [
-        [
-            f"`{result['name']}`",
-            result["digests"]["base"][:12],
-            result["digests"]["adapter"][:12],
-            result["digests"]["vaccine"][:12],
-            ", ".join(f"{name} {digest[:8]}" for name, digest in sorted(result["digests"].items()) if _is_rows(name)),
-            result["created"],
-        ]
-        for result in results
-    ]
-    return "## Inputs\n\nSHA-256, shortened.\n\n" + _table(
-        ["implant", "base", "adapter", "vaccine", "rows", "measured"], rows
-    )
-
-
-def _is_rows(name: str) -> bool:
-    return name in ("calibration", "clean", "triggered", "benign")
