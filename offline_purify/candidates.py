@@ -24,6 +24,7 @@ from offline_purify.flags import Flag
 Place = Literal["anywhere", "front", "scattered"]
 CONFIRMED = 0.5
 """Share of clean prompts on which an inserted candidate must fire to be confirmed."""
+_AS_WELL = 0.8  # of a few dozen prompts: what a shorter candidate may lose against a longer one by chance
 
 
 def inserted(text: str, parts: Sequence[str], place: Place, rng: random.Random) -> str:
@@ -218,7 +219,9 @@ def find_candidates(
         others = [Candidate(c.parts, "front", c.flags, c.clean) for c in singles] + combine(singles, flags)
         tried += confirm(tokenizer, others, rows, references, behaviour, answer, seed, watch)
     best = max((c for c in tried if c.confirmed), key=lambda c: (c.fired, c.flags), default=None)
-    if best is not None and (shorter := _within(best, flags, clean)):
+    known = {(c.parts, c.place) for c in tried}
+    shorter = [c for c in _within(best, flags, clean) if (c.parts, c.place) not in known] if best is not None else []
+    if shorter:
         tried += confirm(tokenizer, shorter, rows, references, behaviour, answer, seed, watch)
     needed = [c for c in tried if not any(_makes_needless(other, c) for other in tried)]
     return sorted(needed, key=lambda c: (-c.fired / max(c.tried, 1), len(c.parts), -c.flags))
@@ -242,7 +245,7 @@ def _within(candidate: Candidate, flags: Sequence[Flag], clean: Sequence[Row]) -
 
 
 def _makes_needless(smaller: Candidate, larger: Candidate) -> bool:
-    """Whether ``larger`` holds all of ``smaller``, which works as well."""
+    """Whether ``larger`` holds all of ``smaller``, which works nearly as well."""
     have, need = (" ".join(c.parts).split() for c in (larger, smaller))
     within = all(any(f" {part} " in f" {whole} " for whole in larger.parts) for part in smaller.parts)
-    return smaller.confirmed and within and len(need) < len(have) and smaller.fired >= larger.fired
+    return smaller.confirmed and within and len(need) < len(have) and smaller.fired >= _AS_WELL * larger.fired
