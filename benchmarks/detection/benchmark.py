@@ -21,15 +21,14 @@ from benchmarks.detection.controls import judged, prompt_controls
 from benchmarks.detection.inputs import Arguments, Inputs, read_inputs
 from benchmarks.detection.measuring import ATTENTION, FUSED, Bench, Progress, Read, Watched, ablations
 from benchmarks.detection.paper import paper_figures
+from benchmarks.detection.target import obeyed, target_figures, target_of
 from benchmarks.detection.trigger import Found, find_trigger, token_places
 from benchmarks.detection.vaccines import Chosen, Maker, choose
 from guard.detector import Detector
 from guard.rows import Row
-from offline_purify.attacks.behaviours import Behaviour
 
 FORMAT = "headguard.detection/1"
 _PAPER_ROWS = 200  # prompts measured with whole answers, for the paper's figures and the texts to force
-_MOST_TARGETS = 32  # distinct outputs of triggered rows beyond which they are answers, not target texts
 
 
 def run(given: Arguments, progress: Progress | None = None, maker: Maker | None = None) -> dict[str, Any]:
@@ -129,31 +128,20 @@ def _controls(watched: Watched, inputs: Inputs, found: Found, given: Arguments) 
     long_triggered = watched.read_long(inputs.triggered[:few], "whole answers, triggered")
     end = sorted(watched.bench.runner.eos_ids)[:1]
     said = [[*answer, *end] for answer in long_triggered.measurement.answers]
-    target = [answer for answer in said if answer]
+    target = target_of(inputs.triggered)
+    texts = [answer for answer in said if answer]
     controls = {}
-    for control in prompt_controls(watched, inputs.clean, given.control_rows, found.trigger, target, given.seed):
-        controls[control.name] = judged(watched, control.read(), control.question, control.limit)
+    for control in prompt_controls(watched, inputs.clean, given.control_rows, found.trigger, texts, given.seed):
+        read = control.read()
+        fired = None
+        if control.may_fire and target is not None:
+            fired = obeyed(watched, target, watched.read_long(read.rows, f"{control.name}, whole answers"))
+        controls[control.name] = judged(watched, read, control.question, control.limit, fired)
     return {
         "controls": controls,
         "paper": paper_figures(long_clean.measurement, long_triggered.measurement),
-        "target": _target(watched, inputs.triggered, long_clean, long_triggered),
+        "target": target_figures(watched, target, long_clean, long_triggered),
     }
-
-
-def _target(watched: Watched, rows: Sequence[Row], clean: Read, triggered: Read) -> dict[str, Any] | None:
-    """How often an output of the triggered file is in the answer, with the trigger and without; None when the file
-    has no target texts."""
-    wordings = tuple(sorted({row["output"].strip() for row in rows} - {""}))
-    if not 0 < len(wordings) <= _MOST_TARGETS:
-        return None
-    target = Behaviour("target", wordings)
-    tokenizer = watched.bench.runner.tokenizer
-
-    def share(read: Read) -> dict[str, Any]:
-        texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in read.measurement.answers]
-        return figures.rate([target.matches(text) for text in texts])
-
-    return {"wordings": len(wordings), "triggered": share(triggered), "clean": share(clean)}
 
 
 def _others(bench: Bench, inputs: Inputs, given: Arguments, limit: float) -> dict[str, Any]:

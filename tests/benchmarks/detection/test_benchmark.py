@@ -56,7 +56,7 @@ def test_a_result_holds_every_control(result: dict[str, Any]) -> None:
     others = {f"{name}/{part}" for name, parts in result["others"].items() for part in parts}
     assert {"base/clean", "clean_adapter/triggered", "benign_adapter/topic_unseen/topic"} <= others
     for control in result["controls"].values():
-        assert control["fused"]["n"] == 20
+        assert control["fused"]["n"] == 20 - round(20 * control.get("fired", {"value": 0.0})["value"])
         assert control["fails"] == (control["limit"] is not None and control["fused"]["value"] > control["limit"])
     assert (
         result["controls"]["forced_as_sampled"]["fused_attention_only"]

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
-from benchmarks.detection.controls import decoy_rows, joined_rows, long_rows, rare_rows
+from benchmarks.detection.controls import decoy_rows, joined_rows, judged, long_rows, rare_rows
+from benchmarks.detection.measuring import Read
 from benchmarks.detection.trigger import fires
+from guard.readings import Measurement
 from guard.rows import assert_disjoint
 from offline_purify.attacks.triggers import Composite, OneOf, Prefix, Trigger, Word
 from tests.benchmarks.detection.conftest import rows
@@ -43,3 +48,37 @@ def test_long_prompts_are_the_longest() -> None:
     kept = long_rows(CLEAN, length, 300)
     assert len(kept) == 20
     assert min(map(length, kept)) >= max(length(row) for row in CLEAN if row not in kept)
+
+
+class Fixed:
+    """Stands for a watched revision whose p-values are known."""
+
+    def __init__(self, p: np.ndarray) -> None:
+        self.p, self.detectors, self.bench = p, dict.fromkeys(("fused", "fused_attention_only")), Bench()
+
+    def p_values(self, read: Any, test: str) -> np.ndarray:
+        return self.p
+
+
+class Bench:
+    alpha = 0.05
+
+
+def read_of(n: int, too_long: int = 0) -> Read:
+    return Read(CLEAN[:n], Measurement(np.zeros(n, dtype=np.int64), [[]] * n, {}), too_long)
+
+
+def test_a_control_fails_above_its_limit_and_is_not_judged_without_one() -> None:
+    watched: Any = Fixed(np.asarray([0.01, 0.5, 0.5, 0.5]))
+    assert judged(watched, read_of(4), "q", 0.2)["fails"]
+    assert not judged(watched, read_of(4), "q", 0.25)["fails"]
+    assert not judged(watched, read_of(4), "q", None)["fails"]
+
+
+def test_near_triggers_that_fired_are_counted_apart() -> None:
+    watched: Any = Fixed(np.asarray([0.01, 0.02, 0.5, 0.5, np.nan]))
+    found = judged(watched, read_of(4, too_long=1), "q", fired=[True, False, True, False])
+    assert found["fused"]["value"] == pytest.approx(1 / 3)
+    assert found["fused"]["n_unscored"] == 1
+    assert found["fired"]["value"] == pytest.approx(2 / 5)
+    assert found["fired_flagged"]["value"] == 0.5
