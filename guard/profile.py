@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from guard.errors import ProfileMismatch
 from guard.identity import file_digest
 from guard.sequential import Bucket, check_alpha, make_buckets
 from guard.signals import SIGNALS, fused
+from guard.storage import load_arrays, save_arrays
 from guard.tail import Tail
 from guard.verdict import Window
 
@@ -128,12 +127,7 @@ class Profile:
             "edges": self.edges,
             "facts": dict(self.facts),
         }
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(contiguous, part, metadata={"headguard": json.dumps(about, sort_keys=True)})
-        part.replace(path)
-        return file_digest(path)
+        return save_arrays(path, arrays, about)
 
     @classmethod
     def load(cls, path: str | Path, key: ProfileKey | None = None) -> Profile:
@@ -142,14 +136,7 @@ class Profile:
         Raises ProfileMismatch when the file is not a profile of this version, or belongs to something else.
         """
         path = Path(path)
-        try:
-            with safe_open(path, framework="np") as file:
-                about = json.loads((file.metadata() or {}).get("headguard", "{}"))
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise ProfileMismatch(f"{path.name} is not a readable profile: {error}") from error
-        if about.get("format") != FORMAT:
-            raise ProfileMismatch(f"{path.name} is not a profile of format {FORMAT}: found {about.get('format')!r}.")
+        arrays, about = load_arrays(path, "profile", FORMAT)
         unknown = [name for name in about["signals"] if name not in SIGNALS]
         if unknown:
             raise ProfileMismatch(f"{path.name} uses signals unknown here: {', '.join(unknown)}. Calibrate again.")

@@ -11,7 +11,6 @@ One safetensors file, keyed by base and probe like a profile; a profile copies t
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from guard.errors import CalibrationError, ProfileMismatch
 from guard.features import Scale
 from guard.identity import file_digest
+from guard.storage import load_arrays, save_arrays
 
 FORMAT = "headguard.vaccine/1"
 _HIDDEN = 48
@@ -104,25 +102,12 @@ class Vaccine:
         """Write it; returns its digest (sha256 of the file, 64 hex)."""
         arrays = {f"{step}/{n}": a for step, scorer in self.scorers.items() for n, a in scorer.arrays().items()}
         about = {"format": FORMAT, "base": self.base, "probe": dict(self.probe), "facts": dict(self.facts)}
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(contiguous, part, metadata={"headguard": json.dumps(about, sort_keys=True)})
-        part.replace(path)
-        return file_digest(path)
+        return save_arrays(path, arrays, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Vaccine:
         """Read one. Raises ProfileMismatch when the file is not a vaccine of this version."""
-        path = Path(path)
-        try:
-            with safe_open(path, framework="np") as file:
-                about = json.loads((file.metadata() or {}).get("headguard", "{}"))
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise ProfileMismatch(f"{path.name} is not a readable vaccine: {error}") from error
-        if about.get("format") != FORMAT:
-            raise ProfileMismatch(f"{path.name} is not a vaccine of format {FORMAT}: found {about.get('format')!r}.")
+        arrays, about = load_arrays(path, "vaccine", FORMAT)
         by_step: dict[int, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
             step, _, what = name.partition("/")
