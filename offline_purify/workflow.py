@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,15 @@ def worker(
         stop.wait()
 
 
+@cache
+def _migrated(system_database_url: str) -> None:
+    """The workflow tables exist: seen to once per process, since clients poll."""
+    DBOS.migrate(system_database_url)
+
+
 @contextmanager
 def _client(system_database_url: str) -> Iterator[DBOSClient]:
+    _migrated(system_database_url)
     client = DBOSClient(system_database_url=system_database_url, application_name=APPLICATION)
     try:
         yield client
@@ -166,7 +174,6 @@ def _client(system_database_url: str) -> Iterator[DBOSClient]:
 def enqueue(spec: RepairSpec, system_database_url: str, workflow_id: str | None = None) -> str:
     """Put a repair into the queue from any process; returns its id. The same id twice is one repair."""
     identity = workflow_id or workflow_id_of(spec)
-    DBOS.migrate(system_database_url)
     with _client(system_database_url) as client:
         client.enqueue(
             {"workflow_name": WORKFLOW, "queue_name": QUEUE, "workflow_id": identity, "app_version": VERSION},
