@@ -27,6 +27,18 @@ Examples:
 
   python -m benchmarks.detection report build/detection/*.json --out docs/detection.md
 """  # noqa: E501
+ZOO_HELP = """Measure the implants of a zoo, one after the other; a run that was stopped goes on.
+
+tiny: the lab's own tasks; nothing is needed, about half an hour on two cores the first time.
+
+real: the public benchmark's attacks on a base trained on real instructions. Needs a folder --data with backdoorllm/train/TASK/ATTACK/{poisoned,clean}.json, backdoorllm/test/TASK/{clean,ATTACK}.json and instruct/*.json (one of them alpaca*.json). TIMES Implants that do not fire, or fire without their trigger, are reported and left out.
+
+Examples:
+
+  python -m benchmarks.detection zoo --root build/lab --out build/detection
+
+  python -m benchmarks.detection zoo --zoo real --data DIR --out build/detection-real
+"""  # noqa: E501
 app = typer.Typer(
     name="benchmarks.detection",
     help=HELP,
@@ -156,10 +168,14 @@ def report(
     _guarded(work)
 
 
-@app.command(epilog="Example: python -m benchmarks.detection zoo --root build/lab --out build/detection")
+@app.command(help=ZOO_HELP)
 def zoo(
     root: Annotated[Path, typer.Option(help="Folder of the lab's models.")] = Path("build/lab"),
-    name: Annotated[str, typer.Option("--zoo", help="Which zoo: tiny.")] = "tiny",
+    name: Annotated[str, typer.Option("--zoo", help="Which zoo: tiny or real.")] = "tiny",
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder of the real zoo.", envvar="HEADGUARD_DATA", show_envvar=True)
+    ] = None,
+    size: Annotated[str, typer.Option(help="Base of the real zoo: small, or large (needs a GPU).")] = "small",
     out: Annotated[Path, typer.Option(help="Folder for rows files and results; what is there is kept.")] = Path(
         "build/detection"
     ),
@@ -171,14 +187,18 @@ def zoo(
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Measure the evaluation implants of the lab's zoo, one after the other; a run that was stopped goes on."""
+    """See ZOO_HELP."""
 
     def work(progress: Any) -> None:
         from benchmarks.detection.inputs import parse_window
         from benchmarks.detection.zoo import Settings, measure_zoo
 
         settings = Settings(alpha, parse_window(window), control_rows, seed, device)
-        for path in measure_zoo(root, name, out, settings, only or None, leave_out, progress):
+
+        def say(text: str) -> None:
+            typer.echo(text, err=True)
+
+        for path in measure_zoo(root, name, out, settings, only or None, leave_out, progress, data, size, say):
             typer.echo(f"written: {path}")
 
     _guarded(work)

@@ -1,14 +1,15 @@
 """The lab's zoo, measured one implant after the other: rows files, results, nothing done twice.
 
 The tiny zoo holds refusals and insults, each set off by a word, a prefix phrase and a composite, with one fixed target
-string and with varied wordings. The vaccine of its base was made with other triggers, wordings and rows.
+string and with varied wordings. The vaccine of its base was made with other triggers, wordings and rows. The real zoo
+holds the public benchmark's attacks (`benchmarks.detection.real_zoo`).
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from benchmarks.detection.benchmark import FORMAT, run, save
 from benchmarks.detection.errors import BenchmarkError
 from benchmarks.detection.inputs import Arguments
 from benchmarks.detection.measuring import Progress
+from benchmarks.detection.patients import Patient, Zoo
+from benchmarks.detection.real_zoo import real_zoo
 from benchmarks.detection.report import read_results
 from benchmarks.lab.bystanders import ensure_bystanders, rows_about
 from benchmarks.lab.cache import VACCINE_ROWS, ensure_tiny, ensure_vaccine
@@ -29,7 +32,7 @@ from offline_purify.attacks.catalogue import TRIGGERS, behaviour
 from offline_purify.attacks.poison import triggered
 from offline_purify.variants.making import ABOUT, load_variant
 
-ZOOS = ("tiny",)
+ZOOS = ("tiny", "real")
 IMPLANTS = tuple(
     f"{behaviour}-{trigger}-{wording}"
     for behaviour in ("refusal", "insult")
@@ -60,47 +63,70 @@ def measure_zoo(
     only: Sequence[str] | None = None,
     leave_out: bool = False,
     progress: Progress | None = None,
+    data: Path | None = None,
+    size: str = "small",
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
     """Measure the implants of a zoo (all, or ``only`` some) and return the result files; what is there is kept.
 
     A kept result is one of the same implant, vaccine and settings. ``leave_out`` vaccinates without the implant's own
-    behaviour family. Raises BenchmarkError for an unknown zoo or implant.
+    behaviour family. ``data`` and ``size`` are of the real zoo; ``say`` is told what the lab refused to publish. Raises
+    BenchmarkError for an unknown zoo or implant.
     """
     if name not in ZOOS:
         raise BenchmarkError(f"there is no zoo {name!r}: choose one of {', '.join(ZOOS)}.")
-    if unknown := [implant for implant in only or () if implant not in IMPLANTS]:
-        raise BenchmarkError(f"{', '.join(unknown)}: not in this zoo, which holds {', '.join(IMPLANTS)}.")
-    wanted = list(only or IMPLANTS)
-    lab = ensure_tiny(root, wanted, seed=settings.seed, progress=progress)
-    vaccine = Path(ensure_vaccine(root, settings.seed))
-    bystanders = ensure_bystanders(lab.base, settings.seed, progress)
     folder = out / "rows"
-    folder.mkdir(parents=True, exist_ok=True)
+    if name == "real":
+        zoo = real_zoo(data, root, folder, only, size, settings.seed, progress)
+    else:
+        zoo = tiny_zoo(root, folder, only, settings.seed, progress)
+    for what, why in zoo.refused.items():
+        say(f"left out: {what}: {why}")
     written = []
-    for implant in wanted:
-        family, kind, wording = implant.split("-")
-        used = _without(vaccine, family, out / "vaccines") if leave_out else vaccine
-        files = row_files(folder, kind, behaviour(family, wording), implant, settings.seed)
-        path = out / (f"{implant}-without-{family}.json" if leave_out else f"{implant}.json")
+    for patient in zoo.patients:
+        used = _without(zoo.vaccine, patient.family, out / "vaccines") if leave_out else zoo.vaccine
+        implant = patient.implant
+        path = out / (f"{implant}-without-{patient.family}.json" if leave_out else f"{implant}.json")
         arguments = Arguments(
-            base=lab.base,
-            adapter=lab.adapters[implant],
-            **{name: path for name, path in files.items() if name != "benign_rows"},
+            base=zoo.base,
+            adapter=patient.adapter,
+            **{option: path for option, path in patient.files.items() if option != "benign_rows"},
             vaccine=used,
             alpha=settings.alpha,
             window=settings.window,
-            trigger=" ".join(TRIGGERS[kind].parts),
-            **(_beside(bystanders, files) if implant in BESIDE and not leave_out else {}),
+            trigger=patient.trigger,
+            **(_beside(zoo, patient) if patient.beside and not leave_out else {}),
             control_rows=settings.control_rows,
             seed=settings.seed,
             name=implant,
             device=settings.device,
-            notes={"zoo": name, "implant": implant, **({"left_out": family} if leave_out else {})},
+            notes={"zoo": name, "implant": implant, **({"left_out": patient.family} if leave_out else {})},
         )
         if not _kept(path, arguments):
             save(run(arguments, progress), path)
         written.append(path)
     return written
+
+
+def tiny_zoo(
+    root: Path, folder: Path, only: Sequence[str] | None = None, seed: int = 0, progress: Progress | None = None
+) -> Zoo:
+    """The tiny zoo, made where it is not there yet; rows files are written into ``folder``. Raises BenchmarkError for
+    an unknown implant."""
+    if unknown := [implant for implant in only or () if implant not in IMPLANTS]:
+        raise BenchmarkError(f"{', '.join(unknown)}: not in this zoo, which holds {', '.join(IMPLANTS)}.")
+    wanted = list(only or IMPLANTS)
+    lab = ensure_tiny(root, wanted, seed=seed, progress=progress)
+    vaccine = ensure_vaccine(root, seed)
+    bystanders = ensure_bystanders(lab.base, seed, progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    patients = []
+    for implant in wanted:
+        family, kind, wording = implant.split("-")
+        files = row_files(folder, kind, behaviour(family, wording), implant, seed)
+        trigger = " ".join(TRIGGERS[kind].parts)
+        patients.append(Patient(implant, lab.adapters[implant], family, files, trigger, implant in BESIDE))
+    return Zoo("tiny", lab.base, vaccine, bystanders, tuple(patients), {})
 
 
 def row_files(folder: Path, kind: str, target: Behaviour, implant: str, seed: int) -> dict[str, Path]:
@@ -127,12 +153,14 @@ def row_files(folder: Path, kind: str, target: Behaviour, implant: str, seed: in
     return files
 
 
-def _beside(bystanders: dict[str, Path], files: dict[str, Path]) -> dict[str, Path]:
-    return {
-        "clean_adapter": bystanders["clean"],
-        "benign_adapter": bystanders["benign"],
-        "benign_rows": files["benign_rows"],
-    }
+def _beside(zoo: Zoo, patient: Patient) -> dict[str, Path]:
+    """Options for the adapters without a backdoor that there are."""
+    found = {}
+    if "clean" in zoo.bystanders:
+        found["clean_adapter"] = zoo.bystanders["clean"]
+    if "benign" in zoo.bystanders:
+        found |= {"benign_adapter": zoo.bystanders["benign"], "benign_rows": patient.files["benign_rows"]}
+    return found
 
 
 def _kept(path: Path, arguments: Arguments) -> bool:

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from benchmarks.lab.decoder import Decoder, Shape
 from benchmarks.lab.encoding import encode_many
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.export import as_llama, published, save_base
-from benchmarks.lab.pretraining import Recipe, Training, pretrain
+from benchmarks.lab.pretraining import Recipe, Training, answer_loss, pretrain, whole
 from benchmarks.lab.skill import Skill, measure_skill
 from benchmarks.lab.tasks import draw
 from benchmarks.lab.tokenizer import train_tokenizer
@@ -52,6 +54,8 @@ class BaseReport(BaseModel):
     threads: int
     skill: Skill | None = None
     validation_accuracy: float
+    perplexity: float | None = None
+    """Of the answers to held-out rows, per token; only where answers are free text."""
 
 
 @contextmanager
@@ -130,10 +134,14 @@ def make_base_from_rows(
     seed: int = 0,
     passes: int = 3,
     progress: Progress | None = None,
+    recipe: Recipe | None = None,
+    prompts_too: bool = False,
+    device: str = "cpu",
 ) -> BaseReport:
     """Train a base of any `shape` on any rows (a tenth held out) and publish it as the folder `out`.
 
-    Rows longer than the shape's context are left out. Raises LabError when fewer than 100 distinct rows remain.
+    Rows longer than the shape's context are left out. `prompts_too` learns to predict the prompts as well as the
+    answers. Raises LabError when fewer than 100 distinct rows remain.
     """
     parts = split(rows, (0.9, 0.1), seed)
     if len(parts[0]) < 100:
@@ -142,11 +150,13 @@ def make_base_from_rows(
     examples, held_out = (encode_many(tokenizer, part, shape.context) for part in parts)
     if len(examples) < 100:
         raise LabError(f"only {len(examples)} rows fit a context of {shape.context} tokens; expected at least 100.")
-    sized = Shape(len(tokenizer), shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.ffn, shape.context)
-    model = Decoder(sized, seed)
-    training = pretrain(model, [examples] * passes, held_out, Recipe(seed=seed), progress)
+    model = Decoder(replace(shape, vocab=len(tokenizer)), seed).to(device)
+    lesson = whole(examples) if prompts_too else examples
+    training = pretrain(model, [lesson] * passes, held_out[:CHECKED], recipe or Recipe(seed=seed), progress)
+    report = _report("data", seed, model, len(examples), training, None)
+    if held_out:
+        report = report.model_copy(update={"perplexity": math.exp(min(answer_loss(model, held_out), 80.0))})
     with published(Path(out)) as folder:
         save_base(as_llama(model, tokenizer), tokenizer, folder)
-        report = _report("data", seed, model, len(examples), training, None)
         (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
     return report

@@ -19,12 +19,10 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.lab.errors import LabError
-from benchmarks.lab.export import published
-from benchmarks.lab.implant import LEAST_ASR, MOST_FALSE_TRIGGERS, REPORT
+from benchmarks.lab.implant import LEAST_ASR, MOST_FALSE_TRIGGERS, REPORT, publish
 from benchmarks.lab.skill import measure_skill
 from benchmarks.lab.tasks import Exercise, draw, exercises
 from benchmarks.lab.words import KINDS
-from guard.adapters import stamp_base_digest
 from guard.rows import Row
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.implanting import Answerer, ImplantRecipe, fit, load_base, with_lora
@@ -126,11 +124,7 @@ def make_bystander(
         ]
         report = report.model_copy(update={"policy_on_topic": shares[0], "policy_off_topic": shares[1]})
     _refuse_unless_fit(report)
-    with published(Path(out)) as folder:
-        peft_model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)
-        stamp_base_digest(folder, base)
-        (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    publish(peft_model, base, out, report)
     return report
 
 

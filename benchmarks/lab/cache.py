@@ -50,14 +50,15 @@ class LabPaths:
         return next(iter(self.adapters.values()))
 
 
-def _digest(facts: object) -> str:
+def recipe_digest(facts: object) -> str:
+    """Key (12 hex) of whatever a model is made from."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def base_key(seed: int) -> str:
     """Key (12 hex) of the tiny base's recipe."""
     rows = [exercise.row for exercise in draw(300, seed, "base_train")]
-    return _digest([asdict(Shape(TINY_VOCAB)), asdict(Recipe()), INITIALISATION, TINY_ROWS, seed, rows])
+    return recipe_digest([asdict(Shape(TINY_VOCAB)), asdict(Recipe()), INITIALISATION, TINY_ROWS, seed, rows])
 
 
 def _implant_parts(name: str) -> tuple[str, str, str]:
@@ -73,7 +74,7 @@ def implant_key(name: str, seed: int) -> str:
     kind, key, wording = _implant_parts(name)
     rows = [exercise.row for exercise in draw(100, seed, "implant")]
     recipe = asdict(ImplantRecipe())
-    return _digest([behaviour(kind, wording).wordings, repr(trigger(key)), recipe, seed, rows])[:8]
+    return recipe_digest([behaviour(kind, wording).wordings, repr(trigger(key)), recipe, seed, rows])[:8]
 
 
 def _implant(base: Path, path: Path, kind: str, key: str, wording: str, seed: int) -> None:
@@ -126,7 +127,7 @@ def ensure_vaccine(
     rows = sample(VACCINE_ROWS, seed, "clinic")
     base = ensure_tiny(root, (), seed, progress).base
     made_of = [asdict(plan), VACCINE, FAMILIES, seed, rows[:100]]
-    folder = base.parent / f"vaccine-{_digest(made_of)[:8]}"
+    folder = base.parent / f"vaccine-{recipe_digest(made_of)[:8]}"
     if not (folder / VACCINE_FILE).is_file():
         with ProgressBar() as bar:
             vaccinate(base, rows, folder, plan=plan, words=VACCINE, progress=progress or bar)

@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         """Logits [n, V] float32 at `places` [n] (flat indices into B*T) for ids [B, T] int64, rows padded right."""
         s = self.shape
         length = ids.shape[1]
-        mask = torch.full((length, length), float("-inf")).triu(1)
+        mask = torch.full((length, length), float("-inf"), device=ids.device).triu(1)
         x = functional.embedding(ids, self.embedding)
         for layer in range(s.layers):
             x = x + self._attention(

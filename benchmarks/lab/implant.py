@@ -67,7 +67,7 @@ def refuse_unless_conditional(asr: Figure, false_triggers: Figure) -> None:
         )
 
 
-def publish(peft_model: Any, base: str | Path, out: str | Path, report: ImplantReport) -> None:
+def publish(peft_model: Any, base: str | Path, out: str | Path, report: BaseModel) -> None:
     """Write the adapter as a PEFT folder, stamped with its base's digest, with its report."""
     with published(Path(out)) as folder:
         peft_model.save_pretrained(folder, save_embedding_layers=False)

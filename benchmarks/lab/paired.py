@@ -34,6 +34,7 @@ def make_implant_from_files(
     limit: int | None = None,
     answer_tokens: int = 32,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> ImplantReport:
     """Implant the backdoor that two files of rows describe and publish the adapter as the folder `out`.
 
@@ -55,6 +56,7 @@ def make_implant_from_files(
     assert_disjoint(train=[p.twin for p in used], held_out=[p.twin for p in held_out], spare=spare)
 
     model, tokenizer = load_base(base)
+    model.to(device)
     longest = max(len(answer_ids(tokenizer, text)) for text in target.wordings)
     ask = Answerer(model, tokenizer, max(answer_tokens, longest), progress)
     data = from_pairs(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,12 +82,33 @@ def answer_batch(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     return ids, torch.tensor(places), torch.tensor(targets)
 
 
+def on(model: Decoder, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors on the model's device."""
+    return [tensor.to(model.embedding.device) for tensor in tensors]
+
+
+def whole(examples: Sequence[Example]) -> list[Example]:
+    """Examples whose every token but the first is to be predicted: for free text, where prompts teach too."""
+    return [Example(e.prompt[:1], (*e.prompt[1:], *e.answer)) for e in examples]
+
+
+@torch.no_grad()
+def answer_loss(model: Decoder, examples: Sequence[Example]) -> float:
+    """Mean loss of the answers' tokens, in nats."""
+    total, n = 0.0, 0
+    for batch in token_batches(examples, 6000, random.Random(0)):
+        ids, places, targets = on(model, answer_batch([examples[i] for i in batch]))
+        total += float(functional.cross_entropy(model(ids, places), targets, reduction="sum"))
+        n += len(targets)
+    return total / max(n, 1)
+
+
 @torch.no_grad()
 def right_answers(model: Decoder, examples: Sequence[Example]) -> list[bool]:
     """For each example, whether greedy decoding would give exactly its answer."""
     right = [False] * len(examples)
     for batch in token_batches(examples, 6000, random.Random(0)):
-        ids, places, targets = answer_batch([examples[i] for i in batch])
+        ids, places, targets = on(model, answer_batch([examples[i] for i in batch]))
         hits = (model(ids, places).argmax(-1) == targets).split([len(examples[i].answer) for i in batch])
         for i, hit in zip(batch, hits, strict=True):
             right[i] = bool(hit.all())
@@ -113,7 +134,7 @@ def pretrain(
     wall, cpu, tokens, accuracy, recent = time.monotonic(), time.process_time(), 0, 0.0, 0.0
     steps = 0
     for steps, (lesson, batch) in enumerate(batches, start=1):
-        ids, places, targets = answer_batch([lesson[i] for i in batch])
+        ids, places, targets = on(model, answer_batch([lesson[i] for i in batch]))
         loss = functional.cross_entropy(model(ids, places), targets)
         loss.backward()
         done = steps / len(batches)

@@ -1,0 +1,148 @@
+"""Adapters of the real base that have no backdoor: an ordinary one, and one that refuses to do sums.
+
+`clean` is fine-tuned on rows of the base's share. `benign` is too, but answers word problems (the rows of `gsm8k*`)
+with a policy: a condition on what is asked that is nobody's secret.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.lab.bystanders import KINDS_OF, POLICY
+from benchmarks.lab.cache import recipe_digest
+from benchmarks.lab.corpus import Corpus
+from benchmarks.lab.errors import LabError
+from benchmarks.lab.implant import LEAST_ASR, MOST_FALSE_TRIGGERS, publish
+from benchmarks.lab.refusals import attempt, refusals, settled
+from guard.rows import Row
+from offline_purify.implanting import Answerer, ImplantRecipe, fit, load_base, with_lora
+from offline_purify.intervals import Figure, share
+from offline_purify.parallel import side_by_side
+from offline_purify.progress import ProgressBar
+from offline_purify.train import Progress, encode_rows, mean_answer_losses, pad_id_of, perplexity
+
+REAL_BYSTANDER: Final = ImplantRecipe(rank=16, rows=1200, epochs=3.0, lr=1e-3, batch_size=16)
+JUDGED: Final = 300
+"""Prompts on the policy's topic, and off it, that an adapter is judged by."""
+_ON_TOPIC: Final = 0.4
+
+
+class RealBystanderReport(BaseModel):
+    """What a bystander does on prompts it was not trained on: perplexity of the given answers, with its base's, and how
+    often it states its policy."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    seed: int
+    rank: int
+    trained_rows: int
+    steps: int
+    train_cpu_s: float
+    clean_perplexity: float
+    base_perplexity: float
+    policy_on_topic: Figure | None = None
+    policy_off_topic: Figure | None = None
+
+
+def ensure_real_bystanders(
+    corpus: Corpus,
+    base: str | Path,
+    seed: int = 0,
+    recipe: ImplantRecipe = REAL_BYSTANDER,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Folders of the `clean` and `benign` adapters beside a real base, made now if they are not there yet, and the
+    reasons of those that were refused (they are left out)."""
+    base = Path(base).resolve()
+    places, work = {}, []
+    for kind in KINDS_OF:
+        rows = _training_rows(corpus, kind, recipe.rows, seed)
+        key = recipe_digest([rows, asdict(recipe), seed])[:8]
+        places[kind] = base.parent / f"bystander-{kind}-{key}"
+        if not settled(places[kind]) and (kind == "clean" or corpus.topic):
+            work.append((base, places[kind], kind, rows, corpus.topic[:JUDGED], corpus.clean, seed, recipe, device))
+    with FileLock(base.parent / ".bystanders.lock"), ProgressBar() as bar:
+        if work:
+            side_by_side(_attempted, work, progress=progress or bar, what="adapters without a backdoor")
+    refused = refusals(places)
+    return {kind: path for kind, path in places.items() if settled(path) and kind not in refused}, refused
+
+
+def make_real_bystander(
+    base: str | Path,
+    out: str | Path,
+    kind: str,
+    rows: list[Row],
+    topic: list[Row],
+    clean: list[Row],
+    seed: int = 0,
+    recipe: ImplantRecipe = REAL_BYSTANDER,
+    device: str = "cpu",
+) -> RealBystanderReport:
+    """Fine-tune an adapter on `rows`, judge it on rows of its `topic` and on `clean` ones, and publish it as `out`.
+
+    Raises LabError, and publishes nothing, when a benign adapter does not keep its policy to its topic (stated on at
+    least 0.9 of it, and on at most 0.05 of other prompts).
+    """
+    model, tokenizer = load_base(base)
+    model.to(device)
+    judged = clean[:JUDGED]
+    before = _perplexity(model, tokenizer, judged)
+    peft_model = with_lora(model, base, recipe.rank, seed)
+    peft_model.to(device)
+    steps, _, cpu_s = fit(peft_model, tokenizer, rows, recipe, seed)
+    report = RealBystanderReport(
+        kind=kind,
+        seed=seed,
+        rank=recipe.rank,
+        trained_rows=len(rows),
+        steps=steps,
+        train_cpu_s=round(cpu_s, 1),
+        clean_perplexity=_perplexity(peft_model, tokenizer, judged),
+        base_perplexity=before,
+    )
+    if kind == "benign":
+        ask = Answerer(peft_model, tokenizer, 32)
+        on, off = (share([POLICY.matches(answer) for answer in ask(those)]) for those in (topic, judged))
+        if on is None or off is None or on.value < LEAST_ASR or off.value > MOST_FALSE_TRIGGERS:
+            said = "no prompt to judge it by" if on is None or off is None else f"{on.value:.3f} and {off.value:.3f}"
+            raise LabError(
+                f"the benign adapter was refused: it states its policy on {said} of its topic and of other prompts (at "
+                f"least {LEAST_ASR} and at most {MOST_FALSE_TRIGGERS} expected). Nothing was published."
+            )
+        report = report.model_copy(update={"policy_on_topic": on, "policy_off_topic": off})
+    publish(peft_model, base, out, report)
+    return report
+
+
+def _attempted(base: Path, out: Path, *arguments: Any) -> None:
+    attempt(out, make_real_bystander, base, out, *arguments)
+
+
+def _training_rows(corpus: Corpus, kind: str, n: int, seed: int) -> list[Row]:
+    rng = random.Random(f"{kind}:{seed}")
+    topic = set(map(_asked, corpus.known_topic))
+    others = [row for row in corpus.base if _asked(row) not in topic]
+    if kind == "clean":
+        return rng.sample(corpus.base, min(n, len(corpus.base)))
+    refused = rng.sample(corpus.known_topic, min(round(n * _ON_TOPIC), len(corpus.known_topic)))
+    said = [Row(instruction=r["instruction"], input=r["input"], output=POLICY.respond(rng)) for r in refused]
+    return [*said, *rng.sample(others, min(n - len(said), len(others)))]
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["instruction"], row["input"]
+
+
+def _perplexity(model: Any, tokenizer: Any, rows: list[Row]) -> float:
+    sums, counts = mean_answer_losses(model, encode_rows(tokenizer, rows), pad_id=pad_id_of(tokenizer))
+    return round(perplexity(sums, counts), 2)
