@@ -28,8 +28,11 @@ check: $(READY)  ## format, lint, types and fast tests, under a minute
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m 'not lab and not slow' -x --no-header
 
-bench: $(READY)  ## the benchmarks that exist so far: detection and repair figures of the demo
-	$(BIN)/headguard demo --fresh
+bench: $(READY)  ## detection on the lab's zoo, rendered to docs/ (about an hour on two cores; what is there is kept)
+	$(BIN)/python -m benchmarks.detection zoo --window 2 --out build/detection/window-2
+	$(BIN)/python -m benchmarks.detection zoo --window prefill --out build/detection/prefill
+	$(BIN)/python -m benchmarks.detection report build/detection/window-2 --out docs/detection.md
+	$(BIN)/python -m benchmarks.detection report build/detection/prefill --out docs/detection-prefill.md
 
 clean:  ## remove what was built (models, demo); .venv stays
 	rm -rf build
