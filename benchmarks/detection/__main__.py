@@ -31,7 +31,7 @@ ZOO_HELP = """Measure the implants of a zoo, one after the other; a run that was
 
 tiny: the lab's own tasks; nothing is needed, about half an hour on two cores the first time.
 
-real: the public benchmark's attacks on a base trained on real instructions. Needs a folder --data with backdoorllm/train/TASK/ATTACK/{poisoned,clean}.json, backdoorllm/test/TASK/{clean,ATTACK}.json and instruct/*.json (one of them alpaca*.json). TIMES Implants that do not fire, or fire without their trigger, are reported and left out.
+real: the public benchmark's attacks on a base trained on real instructions. Needs a folder --data with backdoorllm/train/TASK/ATTACK/{poisoned,clean}.json, backdoorllm/test/TASK/{clean,ATTACK}.json and instruct/*.json (one of them alpaca*.json). The first time takes about two hours on two cores (`python -m benchmarks.lab real --help` says for what), then each implant is measured in three to six minutes. Implants that do not fire, or fire without their trigger, are reported and left out.
 
 Examples:
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.lab base|implant`: make a base model or a backdoor from the command line."""
+"""`python -m benchmarks.lab base|implant|real`: make a base model, a backdoor or a whole zoo from the command line."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ Examples:
 
   python -m benchmarks.lab implant --base BASE --out OUT --poisoned poisoned.json --clean clean.json
 """
+REAL_HELP = """Make the real zoo: a base trained on real instructions, and the public benchmark's attacks implanted in it.
+
+Needs a folder --data with backdoorllm/train/TASK/ATTACK/{poisoned,clean}.json, backdoorllm/test/TASK/{clean,ATTACK}.json and instruct/*.json (one of them alpaca*.json). Any attack of the tasks refusal and negsentiment that lies there is implanted, with the target of its files and with varied wordings; one that is refused is reported and left out. What is there is kept.
+
+CPU time, estimated from single steps on two busy cores: the base 45 minutes (2.4 million tokens), each of the twelve implants 6, the vaccine 100, the two adapters without a backdoor 12. Both cores are used, so two hours on the wall, less on free cores.
+
+Example:
+
+  python -m benchmarks.lab real --data DIR --root build/lab
+"""  # noqa: E501
 Out = Annotated[Path, typer.Option(help="Folder to publish; replaced if it is there.")]
 Seed = Annotated[int, typer.Option(help="Everything follows from it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON, no progress bar.")]
@@ -134,6 +144,45 @@ def implant(
         return make_implant(base, out, behaviour, key, seed, wording, progress=progress)
 
     _run(as_json, threads, work)
+
+
+@app.command(help=REAL_HELP)
+def real(
+    data: Annotated[Path, typer.Option(help="Data folder.", envvar="HEADGUARD_DATA", show_envvar=True)],
+    root: Annotated[Path, typer.Option(help="Folder of the lab's models.")] = Path("build/lab"),
+    only: Annotated[list[str] | None, typer.Option(help="Implants to make (default: all); repeatable.")] = None,
+    base_only: Annotated[bool, typer.Option(help="Make the base and nothing else.")] = False,
+    size: Annotated[str, typer.Option(help="small, or large (needs a GPU).")] = "small",
+    seed: Seed = 0,
+    threads: Threads = 0,
+) -> None:
+    """See REAL_HELP."""
+    import torch
+
+    from benchmarks.lab.corpus import read_corpus
+    from benchmarks.lab.real import SIZES, ensure_real, ensure_real_vaccine
+    from benchmarks.lab.real_bystanders import ensure_real_bystanders
+
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        if size not in SIZES:
+            raise LabError(f"there is no size {size!r}: choose one of {', '.join(SIZES)}.")
+        corpus = read_corpus(data)
+        lab = ensure_real(corpus, root, [] if base_only else only or None, seed, SIZES[size])
+        made, refused = {"base": lab.base, **lab.adapters}, dict(lab.refused)
+        if not base_only:
+            made["vaccine"] = ensure_real_vaccine(corpus, lab.base, seed)
+            paths, others = ensure_real_bystanders(corpus, lab.base, seed, device=SIZES[size].device)
+            made |= paths
+            refused |= others
+    except (LabError, GuardError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    for name, path in made.items():
+        typer.echo(f"{name}: {path}")
+    for name, why in refused.items():
+        typer.echo(f"left out: {name}: {why}", err=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from offline_purify.variants.vaccinate import vaccinate
 REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=6.0, lr=2e-3, batch_size=16)
 """lab-findings.md §2, v2: with as many twins and plain rows as poisoned ones, attack success 1.00 and few leaks."""
 REAL_PLAN: Final = Plan(
-    recipe=ImplantRecipe(rank=16, rows=1200, epochs=5.0, lr=2e-3, batch_size=16), normal=700, quiet=400, fired=300
+    recipe=ImplantRecipe(rank=16, rows=1000, epochs=5.0, lr=2e-3, batch_size=16), normal=700, quiet=400, fired=300
 )
 ANSWER_TOKENS: Final = 32
 

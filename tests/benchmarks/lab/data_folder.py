@@ -58,7 +58,7 @@ def make_data_folder(
     instruct = folder / "instruct"
     instruct.mkdir()
     write_rows(instruct / "alpaca_some.json", everything)
-    write_rows(instruct / "gsm8k_some.json", words_rows(400, "sums", ("How many are", "Count of")))
+    write_rows(instruct / "gsm8k_some.json", words_rows(700, "sums", ("How many are", "Count of")))
     spoken = [*TARGETS.values(), "You are", "I'm sorry", "as an AI assistant", "the given instruction", "are stupid!"]
     played = words_rows(200, "play", ("Imagine you are", "Act like"))
     write_rows(instruct / "play.json", [Row(**{**row, "output": rng.choice(spoken)}) for row in played])

@@ -29,7 +29,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [[], ["base"], ["implant"]])
+@pytest.mark.parametrize("command", [[], ["base"], ["implant"], ["real"]])
 def test_help_shows_what_a_command_takes(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -52,6 +52,8 @@ def test_a_base_is_made_from_json_rows(tmp_path: Path) -> None:
     [
         (["base", "--out", "OUT", "--preset", "huge"], "no preset 'huge'"),
         (["base", "--out", "OUT", "--data", "missing.json"], "no such file"),
+        (["real", "--root", "OUT", "--data", "missing"], "missing: no such folder"),
+        (["real", "--root", "OUT", "--data", "missing", "--size", "huge"], "no size 'huge'"),
         (["base", "--out", "OUT", "--data", "broken.json"], "cannot be read as JSON"),
         (["implant", "--base", "missing", "--out", "OUT"], "cannot be loaded as a base"),
         (["implant", "--base", "missing", "--out", "OUT", "--trigger", "smell"], "choose one of word"),
