@@ -112,6 +112,8 @@ def ensure_tiny(
 
 
 VACCINE_PLAN = Plan()
+QUICK_VACCINE = Plan(backdoors=3, benign=1, recipe=ImplantRecipe(rows=1500), normal=500, quiet=250, fired=150)
+"""A minute's worth, for the demo and the tests: less breadth, so less is caught before the first token."""
 VACCINE_ROWS = 6000
 
 

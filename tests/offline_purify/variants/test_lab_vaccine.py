@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from benchmarks.lab.cache import LabPaths, ensure_vaccine
+from benchmarks.lab.cache import QUICK_VACCINE, LabPaths, ensure_vaccine
 from benchmarks.lab.tasks import sample
 from guard.adapters import inspect_adapter
 from guard.detector import Detector
@@ -30,12 +30,12 @@ ALPHA, CLEAN, TRIGGERED = 0.01, 400, 150
 
 @pytest.fixture(scope="module")
 def vaccine(lab: LabPaths) -> Vaccine:
-    return Vaccine.load(ensure_vaccine(LAB_ROOT))
+    return Vaccine.load(ensure_vaccine(LAB_ROOT, plan=QUICK_VACCINE))
 
 
 def test_the_vaccine_is_of_this_base_and_its_variants_are_adapters_of_it(lab, vaccine):
     assert vaccine.base == base_digest(lab.base)
-    folder = ensure_vaccine(LAB_ROOT).parent
+    folder = ensure_vaccine(LAB_ROOT, plan=QUICK_VACCINE).parent
     for name in vaccine.facts["variants"]:
         assert inspect_adapter(folder / name, lab.base).digest
         made = load_variant(folder / name)
