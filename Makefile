@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 	$(BIN)/pip install -q -e '.[test,postgres]'
 	touch $(READY)
 
-demo: $(READY)  ## the whole story in the terminal: flag, repair, approve, swap (about ten minutes the first time)
+demo: $(READY)  ## the whole story in the terminal: flag, repair, approve, swap (about fifteen minutes the first time, four after that)
 	$(BIN)/headguard demo
 
 test: $(READY)  ## every test, the demo included
