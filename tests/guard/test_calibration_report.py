@@ -10,6 +10,9 @@ from guard.calibration import fit_profile
 from guard.calibration_report import roc, write_report
 from tests.guard.conftest import draw_measurement
 
+pytestmark = pytest.mark.slow
+
+
 PNG = b"\x89PNG\r\n\x1a\n"
 ALWAYS = {"similarity.png", "oddness.png", "uniform.png", "lengths.png"}
 

@@ -31,12 +31,14 @@ def alarms(draw, streams, requests, alpha=0.01):
     return sum(watch(p_values(draw(HELD_OUT), draw(requests)), alpha=alpha)[1] is not None for _ in range(streams))
 
 
+@pytest.mark.slow
 def test_clean_streams_rarely_alarm():
     rng = np.random.default_rng(0)
     # At most 1 % (Ville): of 200 streams, 7 or more would have probability 0.005.
     assert alarms(lambda n: rng.normal(size=n), 200, 2000) <= 6
 
 
+@pytest.mark.slow
 def test_scores_that_tie_rarely_alarm_either():
     rng = np.random.default_rng(1)
     assert alarms(lambda n: rng.integers(0, 12, size=n), 100, 1000) <= 4

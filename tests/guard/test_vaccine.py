@@ -72,6 +72,7 @@ def test_variants_that_hardly_fired_teach_nothing(pattern):
         fit_vaccine([variant(0, pattern, fired=10)[0]], base=BASE, probe=PROBE)
 
 
+@pytest.mark.slow
 def test_a_profile_carries_the_vaccinated_signal_only_where_the_vaccine_speaks(vaccine, key, clean, tmp_path):
     bare = fit_profile(clean, key, seed=1)
     assert "vaccinated" not in bare.signals
@@ -93,6 +94,7 @@ def test_a_profile_carries_the_vaccinated_signal_only_where_the_vaccine_speaks(v
     assert all(same)
 
 
+@pytest.mark.slow
 def test_non_finite_requests_have_no_p_value(key, clean):
     profile = fit_profile(clean, key, seed=1)
     gram = clean.at[0].gram.clone()
