@@ -26,7 +26,8 @@ check: $(READY)  ## format, lint, types and fast tests, under a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not lab and not slow' -x --no-header
+	@# everything under tests/benchmarks is slow: not even collected here
+	$(BIN)/python -m pytest -m 'not lab and not slow' -x --no-header --ignore tests/benchmarks
 
 bench: $(READY)  ## detection on the lab's zoo, rendered to docs/ (about an hour on two cores; what is there is kept)
 	$(BIN)/python -m benchmarks.detection zoo --window 2 --out build/detection/window-2

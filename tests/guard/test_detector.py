@@ -32,6 +32,7 @@ def run(detector, request):
     return detector.close(track)
 
 
+@pytest.mark.slow
 def test_clean_requests_are_flagged_no_more_often_than_alpha(profile):
     rng = np.random.default_rng(7)
     detector, n = Detector(profile, "all", 0.05), 400
