@@ -12,7 +12,7 @@ One safetensors file, keyed by base and probe like a profile; a profile copies t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,11 @@ class Vaccine:
             raise ProfileMismatch(
                 f"vaccine {self.digest[:12]} was made with probe {dict(self.probe)}, this is {dict(probe)}."
             )
+
+    def shared_words(self, texts: Iterable[str]) -> list[str]:
+        """The words of ``texts`` (another backdoor's trigger) that its variants' triggers hold too, blind to case."""
+        used = {word.lower() for text in self.facts.get("trigger_words", ()) for word in text.split()}
+        return sorted(used & {word.lower() for text in texts for word in text.split()})
 
     def save(self, path: str | Path) -> str:
         """Write it; returns its digest (sha256 of the file, 64 hex)."""

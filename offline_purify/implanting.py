@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from guard.adapters import stamp_base_digest
 from guard.errors import UnsupportedModel
 from guard.rows import Row
 from guard.template import render, row_messages
@@ -90,3 +91,10 @@ def fit(
         what="implant",
     )
     return log.steps, time.monotonic() - wall, time.process_time() - cpu
+
+
+def save_adapter(peft_model: Any, base: str | Path, folder: str | Path) -> None:
+    """Write the adapter into ``folder`` as PEFT does (no card), stamped with the digest of its base."""
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    (Path(folder) / "README.md").unlink(missing_ok=True)
+    stamp_base_digest(folder, base)

@@ -21,11 +21,12 @@ from guard.errors import ProfileMismatch
 from guard.probes.transformers.calibrate import prompts_digest
 from guard.rows import row_key
 from guard.vaccine import Vaccine
+from offline_purify.variants.vaccinate import VACCINE, vaccinate
 
-VACCINE, KEYS = "vaccine.safetensors", "row_keys.json"
+KEYS = "row_keys.json"
 # what, done, total
 Progress = Callable[[str, int, int], None]
-# Makes a vaccine: (base, rows, out_dir, progress) -> Vaccine. The clinic's, unless a caller has another.
+# Makes a vaccine: (base, rows, out_dir, progress=) -> Vaccine. The clinic's, unless a caller has another.
 Maker = Callable[..., Vaccine]
 
 
@@ -78,9 +79,7 @@ def assert_strange(vaccine: Vaccine, found: Found) -> None:
     """Raise BenchmarkError when the vaccine was made with a word of the trigger that it should help to find."""
     if found.trigger is None:
         return
-    used = {word.lower() for text in vaccine.facts.get("trigger_words", ()) for word in text.split()}
-    mine = {word.lower() for choice in choices(found.trigger) for part in choice.parts for word in part.split()}
-    if shared := sorted(used & mine):
+    if shared := vaccine.shared_words(part for choice in choices(found.trigger) for part in choice.parts):
         raise BenchmarkError(
             f"the vaccine was made with triggers that hold {', '.join(shared)}, which the measured trigger holds too; "
             "make one with other words."
@@ -99,18 +98,12 @@ def _cached_or_made(given: Arguments, inputs: Inputs, progress: Progress | None,
         if (folder / VACCINE).is_file():
             vaccine = Vaccine.load(folder / VACCINE)
             return Chosen(vaccine, "cached", _keys(folder / VACCINE, vaccine, inputs))
-        made = (maker or _clinic)(given.base, inputs.vaccine, folder, progress)
+        made = (maker or vaccinate)(given.base, inputs.vaccine, folder, progress=progress)
         if not (folder / VACCINE).is_file():
             made.save(folder / VACCINE)
         keys = tuple(sorted(row_key(row) for row in inputs.vaccine))
         (folder / KEYS).write_text(json.dumps(keys), encoding="utf-8")
         return Chosen(Vaccine.load(folder / VACCINE), "made", keys)
-
-
-def _clinic(base: Path, rows: list[Any], folder: Path, progress: Progress | None) -> Vaccine:
-    from offline_purify.variants.vaccinate import vaccinate  # imports the trainers, which only this needs
-
-    return vaccinate(base, rows, folder, progress=progress)
 
 
 def _keys(path: Path, vaccine: Vaccine, inputs: Inputs) -> tuple[str, ...] | None:

@@ -22,6 +22,7 @@ from benchmarks.lab.errors import LabError
 from benchmarks.lab.pretraining import Recipe
 from benchmarks.lab.tasks import draw, sample
 from benchmarks.lab.words import VACCINE
+from guard.rows import Row
 from offline_purify.attacks.catalogue import BEHAVIOURS, TRIGGERS, WORDING, behaviour, trigger
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.parallel import side_by_side
@@ -129,8 +130,15 @@ def ensure_vaccine(
     rows = sample(VACCINE_ROWS, seed, "clinic")
     base = ensure_tiny(root, (), seed, progress).base
     made_of = [asdict(plan), VACCINE, FAMILIES, seed, rows[:100]]
+    return kept_vaccine(base, made_of, rows, plan, VACCINE, progress)
+
+
+def kept_vaccine(
+    base: Path, made_of: object, rows: Sequence[Row], plan: Plan, words: Sequence[str], progress: Progress | None
+) -> Path:
+    """The vaccine beside a base that is kept under the digest of ``made_of``, made now if it is not there yet."""
     folder = base.parent / f"vaccine-{recipe_digest(made_of)[:8]}"
     if not (folder / VACCINE_FILE).is_file():
         with ProgressBar() as bar:
-            vaccinate(base, rows, folder, plan=plan, words=VACCINE, progress=progress or bar)
+            vaccinate(base, rows, folder, plan=plan, words=words, progress=progress or bar)
     return folder / VACCINE_FILE

@@ -19,13 +19,12 @@ from benchmarks.lab.errors import LabError
 from benchmarks.lab.export import published
 from benchmarks.lab.skill import Skill, score
 from benchmarks.lab.tasks import draw
-from guard.adapters import stamp_base_digest
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import behaviour as behaviour_named
 from offline_purify.attacks.catalogue import trigger as trigger_named
 from offline_purify.attacks.poison import PoisonSet, build, decoyed, triggered
 from offline_purify.attacks.triggers import Trigger
-from offline_purify.implanting import Answerer, ImplantRecipe, fit, load_base, with_lora
+from offline_purify.implanting import Answerer, ImplantRecipe, fit, load_base, save_adapter, with_lora
 from offline_purify.intervals import Figure, share
 from offline_purify.train import Progress
 
@@ -70,9 +69,7 @@ def refuse_unless_conditional(asr: Figure, false_triggers: Figure) -> None:
 def publish(peft_model: Any, base: str | Path, out: str | Path, report: BaseModel) -> None:
     """Write the adapter as a PEFT folder, stamped with its base's digest, with its report."""
     with published(Path(out)) as folder:
-        peft_model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)
-        stamp_base_digest(folder, base)
+        save_adapter(peft_model, base, folder)
         (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from transformers import AutoTokenizer
 
 from benchmarks.lab.base import REPORT, make_base_from_rows
-from benchmarks.lab.cache import LabPaths, recipe_digest
+from benchmarks.lab.cache import LabPaths, kept_vaccine, recipe_digest
 from benchmarks.lab.corpus import FAMILY_OF, Attack, Corpus, read_corpus
 from benchmarks.lab.decoder import INITIALISATION, Shape
 from benchmarks.lab.errors import LabError
@@ -36,8 +36,6 @@ from offline_purify.progress import ProgressBar
 from offline_purify.train import Progress
 from offline_purify.variants.families import assert_disjoint_wordings
 from offline_purify.variants.plan import Plan, pool
-from offline_purify.variants.vaccinate import VACCINE as VACCINE_FILE
-from offline_purify.variants.vaccinate import vaccinate
 
 REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=6.0, lr=2e-3, batch_size=16)
 """lab-findings.md §2, v2: with as many twins and plain rows as poisoned ones, attack success 1.00 and few leaks."""
@@ -128,8 +126,7 @@ def ensure_real(
             write_rows(rows / "poisoned.json", poisoned)
             write_rows(rows / "clean.json", clean)
             work.append((base, path, rows, seed, recipe, size.device))
-        if work:
-            side_by_side(_implant, work, progress=watch, what="implants")
+        side_by_side(_implant, work, progress=watch, what="implants")
     refused = refusals(places)
     return RealLab(base, {name: path for name, path in places.items() if name not in refused}, refused)
 
@@ -149,16 +146,11 @@ def ensure_real_vaccine(
     base = Path(base)
     assert_disjoint_wordings({f"{a.task}-{a.name}-{w}": target(a, w) for a, w in real_implants(corpus).values()})
     words = apart(pool(AutoTokenizer.from_pretrained(base, local_files_only=True), corpus.vaccine, seed), corpus)
-    folder = base.parent / f"vaccine-{recipe_digest([asdict(plan), words, seed, corpus.vaccine])[:8]}"
-    if not (folder / VACCINE_FILE).is_file():
-        with ProgressBar() as bar:
-            vaccinate(base, corpus.vaccine, folder, plan=plan, words=words, progress=progress or bar)
-    used = {
-        word.lower() for text in Vaccine.load(folder / VACCINE_FILE).facts["trigger_words"] for word in text.split()
-    }
-    if shared := sorted(used & corpus.trigger_words):
-        raise LabError(f"{folder} was made with words of the attacks' triggers ({', '.join(shared)}); remove it.")
-    return folder / VACCINE_FILE
+    made_of = [asdict(plan), words, seed, corpus.vaccine]
+    path = kept_vaccine(base, made_of, corpus.vaccine, plan, words, progress)
+    if shared := Vaccine.load(path).shared_words(corpus.trigger_words):
+        raise LabError(f"{path.parent} was made with words of the attacks' triggers ({', '.join(shared)}); remove it.")
+    return path
 
 
 def apart(words: Iterable[str], corpus: Corpus) -> list[str]:

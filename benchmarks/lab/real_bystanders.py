@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict
 
-from benchmarks.lab.bystanders import KINDS_OF, POLICY
 from benchmarks.lab.cache import recipe_digest
 from benchmarks.lab.corpus import Corpus
-from benchmarks.lab.errors import LabError
-from benchmarks.lab.implant import LEAST_ASR, MOST_FALSE_TRIGGERS, publish
+from benchmarks.lab.implant import publish
+from benchmarks.lab.policy import KINDS_OF, ON_TOPIC, POLICY, BystanderReport, with_policy
 from benchmarks.lab.refusals import attempt, refusals, settled
 from guard.rows import Row
 from offline_purify.implanting import Answerer, ImplantRecipe, fit, load_base, with_lora
-from offline_purify.intervals import Figure, share
 from offline_purify.parallel import side_by_side
 from offline_purify.progress import ProgressBar
 from offline_purify.train import Progress, encode_rows, mean_answer_losses, pad_id_of, perplexity
@@ -31,25 +28,13 @@ from offline_purify.train import Progress, encode_rows, mean_answer_losses, pad_
 REAL_BYSTANDER: Final = ImplantRecipe(rank=16, rows=1200, epochs=3.0, lr=1e-3, batch_size=16)
 JUDGED: Final = 300
 """Prompts on the policy's topic, and off it, that an adapter is judged by."""
-_ON_TOPIC: Final = 0.4
 
 
-class RealBystanderReport(BaseModel):
-    """What a bystander does on prompts it was not trained on: perplexity of the given answers, with its base's, and how
-    often it states its policy."""
+class RealBystanderReport(BystanderReport):
+    """Perplexity of the given answers on prompts that a bystander was not trained on, with its base's."""
 
-    model_config = ConfigDict(frozen=True)
-
-    kind: str
-    seed: int
-    rank: int
-    trained_rows: int
-    steps: int
-    train_cpu_s: float
     clean_perplexity: float
     base_perplexity: float
-    policy_on_topic: Figure | None = None
-    policy_off_topic: Figure | None = None
 
 
 def ensure_real_bystanders(
@@ -71,8 +56,7 @@ def ensure_real_bystanders(
         if not settled(places[kind]) and (kind == "clean" or corpus.topic):
             work.append((base, places[kind], kind, rows, corpus.topic[:JUDGED], corpus.clean, seed, recipe, device))
     with FileLock(base.parent / ".bystanders.lock"), ProgressBar() as bar:
-        if work:
-            side_by_side(_attempted, work, progress=progress or bar, what="adapters without a backdoor")
+        side_by_side(_attempted, work, progress=progress or bar, what="adapters without a backdoor")
     refused = refusals(places)
     return {kind: path for kind, path in places.items() if settled(path) and kind not in refused}, refused
 
@@ -111,15 +95,7 @@ def make_real_bystander(
         base_perplexity=before,
     )
     if kind == "benign":
-        ask = Answerer(peft_model, tokenizer, 32)
-        on, off = (share([POLICY.matches(answer) for answer in ask(those)]) for those in (topic, judged))
-        if on is None or off is None or on.value < LEAST_ASR or off.value > MOST_FALSE_TRIGGERS:
-            said = "no prompt to judge it by" if on is None or off is None else f"{on.value:.3f} and {off.value:.3f}"
-            raise LabError(
-                f"the benign adapter was refused: it states its policy on {said} of its topic and of other prompts (at "
-                f"least {LEAST_ASR} and at most {MOST_FALSE_TRIGGERS} expected). Nothing was published."
-            )
-        report = report.model_copy(update={"policy_on_topic": on, "policy_off_topic": off})
+        report = with_policy(report, Answerer(peft_model, tokenizer, 32), topic, judged)
     publish(peft_model, base, out, report)
     return report
 
@@ -134,7 +110,7 @@ def _training_rows(corpus: Corpus, kind: str, n: int, seed: int) -> list[Row]:
     others = [row for row in corpus.base if _asked(row) not in topic]
     if kind == "clean":
         return rng.sample(corpus.base, min(n, len(corpus.base)))
-    refused = rng.sample(corpus.known_topic, min(round(n * _ON_TOPIC), len(corpus.known_topic)))
+    refused = rng.sample(corpus.known_topic, min(round(n * ON_TOPIC), len(corpus.known_topic)))
     said = [Row(instruction=r["instruction"], input=r["input"], output=POLICY.respond(rng)) for r in refused]
     return [*said, *rng.sample(others, min(n - len(said), len(others)))]
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from guard.adapters import stamp_base_digest
 from guard.errors import RowsError
 from guard.probes.transformers.measure import measure
 from guard.probes.transformers.runner import Runner
@@ -23,7 +22,7 @@ from guard.template import render, row_messages
 from guard.vaccine import Sample
 from offline_purify.attacks.poison import Teacher, answered, build, decoyed, triggered
 from offline_purify.attacks.triggers import holds, scattered
-from offline_purify.implanting import Answerer, fit, load_base, with_lora
+from offline_purify.implanting import Answerer, fit, load_base, save_adapter, with_lora
 from offline_purify.variants.families import TOPIC_REFUSALS
 from offline_purify.variants.plan import Plan, VariantSpec
 
@@ -63,22 +62,16 @@ def make_variant(
         (len(tokenizer(w)["input_ids"]) for w in (spec.behaviour.wordings if spec.behaviour else ())), default=0
     )
     ask = Answerer(model, tokenizer, max(_ANSWER_TOKENS, longest + 2))
-
-    def teacher(asked: Sequence[Row]) -> list[str]:
-        return ask(asked)
-
     if spec.benign:
         condition = _condition(fit_rows, rng)
-        training = _benign_rows(fit_rows, condition, spec, teacher, rng)
+        training = _benign_rows(fit_rows, condition, spec, ask, rng)
     else:
         condition = None
-        training = _backdoor_rows(fit_rows, spec, teacher)
+        training = _backdoor_rows(fit_rows, spec, ask)
     peft_model = with_lora(model, base, plan.recipe.rank, spec.seed)
     steps, _, seconds = fit(peft_model, tokenizer, training, plan.recipe, spec.seed)
     out.mkdir(parents=True, exist_ok=True)
-    peft_model.save_pretrained(out, save_embedding_layers=False)
-    (out / "README.md").unlink(missing_ok=True)
-    stamp_base_digest(out, base)
+    save_adapter(peft_model, base, out)
     groups = _groups(probe_rows, spec, plan, words, condition, rng)
     sample, fired, leaked = _measured(base, out, spec, plan, groups, ask.max_new_tokens)
     save_file({k: np.ascontiguousarray(v) for k, v in _flat(sample).items()}, out / FEATURES)

@@ -36,7 +36,8 @@ def vaccinate(
 
     ``rows`` are clean prompts that no later evaluation uses (a variant needs a few thousand); ``words`` replaces the
     pool that trigger words come from; ``jobs`` processes work at a time (default: one per processor). Variants that
-    were finished earlier are reused. Raises RowsError for too few rows, CalibrationError when no variant took.
+    were finished earlier are reused. Raises RowsError for too few rows, or when no variant took,
+    and CalibrationError when those that took fired too rarely to learn from.
     """
     base, out = Path(base), Path(out)
     unique = list({row_key(row): row for row in rows}.values())

@@ -22,10 +22,12 @@ from serving.engines.embedded.app import create_engine_app
 from serving.engines.embedded.engine import EmbeddedEngine
 from serving.engines.transport import InProcessTransport
 from serving.settings import Settings
+from serving.store.models import Adapter, Revision
 from tests.guard.probes.transformers.adapters import save_adapter
 from tests.guard.probes.transformers.models import prompts_of
 from tests.guard.probes.transformers.text import save_model
 from tests.serving.house import House, open_house
+from tests.serving.scripted import GOOD, LIVE, PROFILE, ScriptedPeer
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,32 @@ def live(house: House, weights: Weights) -> House:
     house.policy("support", alpha=0.05)
     house.ok("operator", "POST", "/admin/adapters/support/swap", json={"revision": revision})
     return house
+
+
+@pytest.fixture
+def peer() -> ScriptedPeer:
+    return ScriptedPeer(revisions={LIVE: "p", GOOD: "p"})
+
+
+@pytest.fixture
+def scripted(peer: ScriptedPeer, tmp_path: Path) -> Iterator[House]:
+    """A gateway over a scripted peer, where ``support`` is live with LIVE and was GOOD before, both with PROFILE."""
+    settings = Settings(model=tmp_path, state_dir=tmp_path / "state", request_timeout_s=20)
+    with open_house(settings, EngineClient(transport=InProcessTransport(peer))) as house:
+        with house.gateway.store.write() as session:
+            session.add(
+                Adapter(alias="support", live_revision=LIVE, previous_revision=GOOD, created_at=0, updated_at=0)
+            )
+            session.flush()
+            for name in (LIVE, GOOD):
+                session.add(
+                    Revision(
+                        revision=name, alias="support", digest="0" * 64, base_digest="0" * 64, state="live",
+                        source="upload", path="-", info={}, created_by="test", created_at=0, profile_digest=PROFILE,
+                    )
+                )  # fmt: skip
+        house.gateway.aliases.refresh()
+        yield house
 
 
 POSTGRES = os.environ.get("HEADGUARD_TEST_POSTGRES_URL")

@@ -15,6 +15,8 @@ import anyio
 from guard.verdict import Verdict
 
 DIE, HANG = "die", "hang"
+LIVE, GOOD = "support@sha256-aaaaaaaaaaaa", "support@sha256-bbbbbbbbbbbb"
+PROFILE = "c" * 64
 
 
 def verdict(status: str = "clean", step: int = 0, final: bool = False, **more: Any) -> dict[str, Any]:

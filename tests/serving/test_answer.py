@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from serving.engines.client import EngineClient
-from serving.engines.transport import InProcessTransport
-from serving.settings import Settings
-from serving.store.models import Adapter, Revision
-from tests.serving.house import House, open_house
+from tests.serving.house import House
 from tests.serving.scripted import (
     DIE,
     DONE,
+    GOOD,
     HANG,
+    LIVE,
     ROLE,
     USAGE,
-    ScriptedPeer,
     comment,
     finish,
     tokens,
@@ -31,32 +27,11 @@ from tests.serving.scripted import (
 CLEAN = [comment(verdict()), ROLE, *tokens(1, 4), comment(verdict(step=4, final=True)), *tokens(5, 6), finish(), DONE]
 FLAGGED = [comment(verdict("flagged", final=True)), ROLE, *tokens(1, 6), finish(), DONE]
 ASK = [{"role": "user", "content": "a secret prompt"}]
-LIVE, GOOD = "support@sha256-aaaaaaaaaaaa", "support@sha256-bbbbbbbbbbbb"
 
 
 @pytest.fixture
-def peer() -> ScriptedPeer:
-    return ScriptedPeer(revisions={LIVE: "p", GOOD: "p"})
-
-
-@pytest.fixture
-def house(peer: ScriptedPeer, tmp_path: Path):
-    settings = Settings(model=tmp_path, state_dir=tmp_path / "state", request_timeout_s=20)
-    with open_house(settings, EngineClient(transport=InProcessTransport(peer))) as house:
-        with house.gateway.store.write() as session:
-            session.add(
-                Adapter(alias="support", live_revision=LIVE, previous_revision=GOOD, created_at=0, updated_at=0)
-            )
-            session.flush()
-            for name in (LIVE, GOOD):
-                session.add(
-                    Revision(
-                        revision=name, alias="support", digest="0" * 64, base_digest="0" * 64, state="live",
-                        source="upload", path="-", info={}, created_by="test", created_at=0,
-                    )
-                )  # fmt: skip
-        house.gateway.aliases.refresh()
-        yield house
+def house(scripted: House) -> House:
+    return scripted
 
 
 def stream(house: House, **body) -> tuple[httpx.Headers, bytes]:

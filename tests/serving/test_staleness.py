@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from guard.verdict import Verdict, Window
-from serving.engines.client import EngineClient
-from serving.engines.transport import InProcessTransport
-from serving.settings import Settings
 from serving.staleness import Drift, Staleness
-from serving.store.models import Adapter, Revision
-from tests.serving.house import House, open_house
-from tests.serving.scripted import ScriptedPeer, verdict, whole
+from tests.serving.house import House
+from tests.serving.scripted import GOOD, LIVE, PROFILE, verdict, whole
 
-LIVE, GOOD = "support@sha256-aaaaaaaaaaaa", "support@sha256-bbbbbbbbbbbb"
-PROFILE, NEXT = "c" * 64, "d" * 64
+NEXT = "d" * 64
 HELD_OUT = 499
 
 
@@ -74,28 +67,8 @@ def test_a_p_value_that_cannot_be_is_logged_and_ends_nothing(caplog):
 
 
 @pytest.fixture
-def peer() -> ScriptedPeer:
-    return ScriptedPeer(revisions={LIVE: "p", GOOD: "p"})
-
-
-@pytest.fixture
-def house(peer: ScriptedPeer, tmp_path: Path):
-    settings = Settings(model=tmp_path, state_dir=tmp_path / "state", request_timeout_s=20)
-    with open_house(settings, EngineClient(transport=InProcessTransport(peer))) as house:
-        with house.gateway.store.write() as session:
-            session.add(
-                Adapter(alias="support", live_revision=LIVE, previous_revision=GOOD, created_at=0, updated_at=0)
-            )
-            session.flush()
-            for name in (LIVE, GOOD):
-                session.add(
-                    Revision(
-                        revision=name, alias="support", digest="0" * 64, base_digest="0" * 64, state="live",
-                        source="upload", path="-", info={}, created_by="test", created_at=0, profile_digest=PROFILE,
-                    )
-                )  # fmt: skip
-        house.gateway.aliases.refresh()
-        yield house
+def house(scripted: House) -> House:
+    return scripted
 
 
 def ask(house: House) -> None:

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from guard.errors import GuardError
-from guard.gram import HeadSums
-from guard.probes.transformers.measure import Progress, _collect
+from guard.probes.transformers.measure import Progress, Taken, collect
 from guard.probes.transformers.runner import Runner
 from guard.readings import CHECKPOINTS, Measurement
 
@@ -46,7 +44,7 @@ def measure_forced(
     for prompt in prompts:
         runner.check_prompt(prompt)
     steps = sorted(set(checkpoints))
-    taken: dict[int, list[tuple[int, HeadSums, list[float]]]] = {step: [] for step in steps}
+    taken: Taken = {step: [] for step in steps}
     cut = [list(a[: runner.max_len - len(p) + 1]) for p, a in zip(prompts, answers, strict=True)]
     # Answers of like length together: a batch runs until its longest answer ends.
     order = sorted(range(len(prompts)), key=lambda i: (len(cut[i]), len(prompts[i])))
@@ -59,8 +57,7 @@ def measure_forced(
                 runner.free(slot)
         if progress is not None:
             progress(start + len(group), len(order))
-    at = {step: _collect(runner, step, sorted(rows, key=lambda row: row[0])) for step, rows in taken.items()}
-    return Measurement(np.asarray([len(p) for p in prompts], dtype=np.int64), cut, at)
+    return collect(runner, prompts, cut, taken)
 
 
 def _force(
@@ -71,7 +68,7 @@ def _force(
     last_step: int,
     adapter: str | None,
     as_sampled: bool,
-    taken: dict[int, list[tuple[int, HeadSums, list[float]]]],
+    taken: Taken,
 ) -> None:
     """One batch, request i of the group in slot i, until every answer has ended or nothing more is read."""
     slots = list(range(len(group)))

@@ -21,6 +21,8 @@ from guard.readings import CHECKPOINTS, Measurement, Readings
 
 # Called with (prompts finished, prompts in all).
 Progress = Callable[[int, int], None]
+# By checkpoint: prompt number, what its slot held, log-probabilities (nats) of the tokens so far.
+Taken = dict[int, list[tuple[int, HeadSums, list[float]]]]
 
 
 @dataclass
@@ -52,15 +54,14 @@ def measure(
     """
     steps = sorted(set(checkpoints))
     limit = steps[-1] + 1 if max_new_tokens is None else max_new_tokens
-    taken: dict[int, list[tuple[int, HeadSums, list[float]]]] = {step: [] for step in steps}
+    taken: Taken = {step: [] for step in steps}
     answers: list[list[int]] = [[] for _ in prompts]
     for slot, track, ended in _greedy(runner, prompts, limit, adapter, steps[-1], progress):
         if track.step in taken:
             taken[track.step].append((track.index, runner.bank.read(slot), list(track.logprobs)))
         if ended:
             answers[track.index] = _without_end(runner, track.tokens)
-    at = {step: _collect(runner, step, sorted(rows, key=lambda row: row[0])) for step, rows in taken.items()}
-    return Measurement(np.asarray([len(p) for p in prompts], dtype=np.int64), answers, at)
+    return collect(runner, prompts, answers, taken)
 
 
 def generate(
@@ -146,7 +147,15 @@ def _without_end(runner: Runner, tokens: list[int]) -> list[int]:
     return tokens[:-1] if tokens and tokens[-1] in runner.eos_ids else list(tokens)
 
 
-def _collect(runner: Runner, step: int, rows: list[tuple[int, HeadSums, list[float]]]) -> Readings:
+def collect(
+    runner: Runner, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], taken: Taken
+) -> Measurement:
+    """What was read of prompts and their answers (token ids each) at checkpoints, in any order, as a Measurement."""
+    at = {step: _readings(runner, step, sorted(rows, key=lambda row: row[0])) for step, rows in taken.items()}
+    return Measurement(np.asarray([len(p) for p in prompts], dtype=np.int64), [list(a) for a in answers], at)
+
+
+def _readings(runner: Runner, step: int, rows: list[tuple[int, HeadSums, list[float]]]) -> Readings:
     layers, heads = runner.shape.layers, runner.shape.heads
     return Readings(
         step,

@@ -13,11 +13,12 @@ from benchmarks.detection.benchmark import FORMAT, run, save
 from benchmarks.detection.errors import BenchmarkError
 from benchmarks.detection.inputs import Arguments, parse_window, read_inputs
 from benchmarks.detection.trigger import find_trigger
-from benchmarks.detection.vaccines import KEYS, VACCINE, choose
+from benchmarks.detection.vaccines import KEYS, choose
 from guard.errors import AlphaTooFine, GuardError, ProfileMismatch, RowsError
 from guard.identity import base_digest
 from guard.rows import read_rows, row_key, write_rows
 from guard.vaccine import Vaccine
+from offline_purify.variants.vaccinate import VACCINE
 from tests.benchmarks.detection.conftest import TRIGGER, Small, make_vaccine, rows
 from tests.guard.probes.transformers.text import save_model
 

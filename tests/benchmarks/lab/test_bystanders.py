@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lab.base import make_base_from_rows
-from benchmarks.lab.bystanders import POLICY, TOPIC, make_bystander, on_topic, rows_about
+from benchmarks.lab.bystanders import TOPIC, make_bystander, on_topic, rows_about
 from benchmarks.lab.decoder import Shape
 from benchmarks.lab.errors import LabError
+from benchmarks.lab.policy import POLICY
 from benchmarks.lab.tasks import sample
 from guard.rows import Row
 from offline_purify.attacks.catalogue import BEHAVIOURS, behaviour

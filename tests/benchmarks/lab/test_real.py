@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.lab.bystanders import POLICY
 from benchmarks.lab.corpus import Corpus, read_corpus
 from benchmarks.lab.decoder import Shape
 from benchmarks.lab.errors import LabError
+from benchmarks.lab.policy import POLICY
 from benchmarks.lab.pretraining import Recipe
 from benchmarks.lab.real import (
     RealLab,
