@@ -38,3 +38,7 @@ class UnsupportedModel(GuardError):
 
 class PromptTooLong(GuardError):
     """A prompt that does not fit the context."""
+
+
+class KernelError(GuardError):
+    """A kernel that cannot run: its library is missing, or what it was given is not what it reads (named)."""
