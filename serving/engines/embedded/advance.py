@@ -7,12 +7,12 @@ to be stopped) ends without it; a verdict that cannot be had is `unscored` with 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 from guard.probes.transformers.runner import Runner
 from guard.readings import Reading
-from guard.verdict import Verdict, unscored
+from guard.verdict import unscored
+from serving.engines.annotations import with_text
 from serving.engines.embedded.requests import Event, Failed, Finished, FinishReason, GuardUpdate, Job, Token
 from serving.engines.embedded.sampling import Choice
 from serving.errors import ServingError
@@ -68,27 +68,15 @@ def _observe(job: Job, runner: Runner, decoder: Any) -> bool:
         return True
     sums = runner.bank.read(job.slot)
     reading = Reading(step, sums.gram.cpu(), sums.sink.cpu(), sums.focus.cpu(), tuple(job.logprobs))
-    job.verdict = _with_text(job, detector.observe(track, reading), decoder)
+    job.verdict = with_text(detector.observe(track, reading), job.request.prompt, decoder)
     job.settled = job.verdict.final
     return True
-
-
-def _with_text(job: Job, verdict: Verdict, decoder: Any) -> Verdict:
-    """The verdict with the words of its spans: only the engine knows which text the token ranges are."""
-    if not verdict.spans:
-        return verdict
-    prompt = list(job.request.prompt)
-    spans = [
-        replace(span, text=decoder.decode(prompt[span.start : span.end], skip_special_tokens=True))
-        for span in verdict.spans
-    ]
-    return replace(verdict, spans=tuple(spans))
 
 
 def _finish(job: Job, events: list[Event], reason: FinishReason, decoder: Any) -> tuple[list[Event], bool]:
     """Ends a job in order: its final verdict, then its end."""
     if job.detector is not None and job.track is not None and not job.settled:
-        job.verdict = _with_text(job, job.detector.close(job.track), decoder)
+        job.verdict = with_text(job.detector.close(job.track), job.request.prompt, decoder)
     text = "" if reason == "content_filter" else job.stops.push(job.detokenizer.flush()) + job.stops.flush()
     last = job.verdict.closed()
     said = events[-1] if events else None

@@ -1,12 +1,8 @@
 """Events of the engine as OpenAI answers: one body, or server-sent events with the guard's comments among them.
 
-In a stream a verdict is a comment line, which every SSE client ignores:
-
-    : guard {"status": "clean", "step": 0, ...}
-
-The comment of step 0 precedes all chunks; that of checkpoint c stands between the chunks of tokens c and c + 1; a
-final one precedes the chunk with the finish_reason. Every generated token is one chunk, even if its text is still
-empty.
+In a stream a verdict is a comment line (`engines.annotations`). That of step 0 precedes all chunks; that of
+checkpoint c stands between the chunks of tokens c and c + 1; a final one precedes the chunk with the finish_reason. Every
+generated token is one chunk, even if its text is still empty.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guard.verdict import Verdict
+from serving.engines.annotations import comment
 from serving.engines.embedded.requests import Event, Failed, Finished, GuardUpdate, Token
 
 DONE = b"data: [DONE]\n\n"
@@ -27,14 +24,6 @@ DONE = b"data: [DONE]\n\n"
 def _encode(data: dict[str, Any]) -> bytes:
     # ASCII only: a reader that takes U+2028 or U+0085 for the end of a line would tear the event apart.
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
-
-
-def comment(verdict: Verdict, check_s: float | None = None) -> bytes:
-    """The SSE comment that carries a verdict, and what the check took. JSON escapes line ends: it is always one
-    line.
-    """
-    data = verdict.to_dict() if check_s is None else {**verdict.to_dict(), "check_seconds": check_s}
-    return b": guard " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 @dataclass(frozen=True)

@@ -9,41 +9,43 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from guard.errors import GuardError
+from serving.engines.administration import administration, install_refusals, no_drill
 from serving.engines.embedded.answers import Form, stream, whole
 from serving.engines.embedded.bodies import ChatBody, CompletionBody, parse
 from serving.engines.embedded.engine import EmbeddedEngine
 from serving.engines.embedded.requests import Answer, Failed
-from serving.errors import BadRequest, ServingError, Unavailable, from_guard
+from serving.errors import BadRequest, ServingError, Unavailable
 
 T = TypeVar("T")
-_MAX_DRAIN_S = 600.0
 
 
-class RevisionBody(BaseModel):
-    """POST /guard/revisions: folders on the engine's own disk."""
+class _Administered:
+    """The engine as the `/guard` routes see it: what blocks there is done in a thread."""
 
-    model_config = ConfigDict(extra="ignore")
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self._engine, self.name = engine, engine.name
 
-    revision: str
-    path: Path
-    profile: Path | None = None
+    async def status(self) -> dict[str, Any]:
+        return self._engine.status()
 
+    async def load(self, revision: str, folder: Path, profile: Path | None) -> dict[str, Any]:
+        return await asyncio.to_thread(self._engine.load, revision, folder, profile)
 
-class ProfileBody(BaseModel):
-    """PUT /guard/revisions/{revision}/profile."""
+    async def unload(self, revision: str, drain_s: float) -> None:
+        await asyncio.to_thread(self._engine.unload, revision, drain_s)
 
-    model_config = ConfigDict(extra="ignore")
+    async def set_profile(self, revision: str | None, path: Path | None) -> dict[str, Any]:
+        return await asyncio.to_thread(self._engine.books.set_profile, revision, path)
 
-    profile: Path | None = None
+    async def attach(self, attached: bool) -> None:
+        raise no_drill()
 
 
 class AnswerStream(StreamingResponse):
@@ -64,14 +66,8 @@ def create_engine_app(engine: EmbeddedEngine) -> FastAPI:
     """The ASGI app of a started engine. It neither starts nor closes the engine."""
     app = FastAPI(title="headguard embedded engine", docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.exception_handler(ServingError)
-    async def refused(_: Request, error: ServingError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status)
-
-    @app.exception_handler(GuardError)
-    async def refused_by_guard(_: Request, error: GuardError) -> JSONResponse:
-        refusal = from_guard(error)
-        return JSONResponse(refusal.body(), refusal.status)
+    install_refusals(app)
+    app.include_router(administration(lambda _: _Administered(engine)))
 
     @app.exception_handler(HTTPException)
     async def no_such_route(_: Request, error: HTTPException) -> JSONResponse:
@@ -106,28 +102,6 @@ def create_engine_app(engine: EmbeddedEngine) -> FastAPI:
         if not engine.alive:
             raise Unavailable("the engine is not running.")
         return JSONResponse({"status": "ok"})
-
-    @app.get("/guard/status")
-    async def status() -> dict[str, Any]:
-        return engine.status()
-
-    @app.post("/guard/revisions")
-    async def load(request: Request) -> dict[str, Any]:
-        body = parse(await request.body(), RevisionBody)
-        return await asyncio.to_thread(engine.load, body.revision, body.path, body.profile)
-
-    @app.delete("/guard/revisions/{revision}")
-    async def unload(revision: str, drain_s: Annotated[float, Query(ge=0, le=_MAX_DRAIN_S)] = 0.0) -> dict[str, Any]:
-        if revision == engine.name:
-            raise BadRequest("the base cannot be unloaded.", param="revision")
-        await asyncio.to_thread(engine.unload, revision, drain_s)
-        return {"revision": revision, "unloaded": True}
-
-    @app.put("/guard/revisions/{revision}/profile")
-    async def set_profile(revision: str, request: Request) -> dict[str, Any]:
-        body = parse(await request.body(), ProfileBody)
-        name = None if revision == engine.name else revision
-        return await asyncio.to_thread(engine.books.set_profile, name, body.profile)
 
     return app
 

@@ -7,13 +7,13 @@ honoured.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from guard.template import Message, render
-from serving.engines.embedded.requests import GenerateRequest, Watch
+from serving.engines.bodies import AnyBody, GuardBody, check, read_object
+from serving.engines.embedded.requests import GenerateRequest
 from serving.engines.embedded.sampling import Sampling
 from serving.errors import BadRequest
 
@@ -40,17 +40,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _MAX_STOPS = 16
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class GuardBody(BaseModel):
-    """The internal field `headguard`, set by the gateway alone."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    window: Literal["prefill", "all"] | Annotated[int, Field(ge=0)] = "all"
-    alpha: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
-    stop: bool = False
-    fail: Literal["open", "closed"] = "open"
 
 
 class StreamOptions(BaseModel):
@@ -84,7 +73,6 @@ class Body(BaseModel):
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stops) > _MAX_STOPS:
             raise BadRequest(f"at most {_MAX_STOPS} stop strings, found {len(stops)}.", param="stop")
-        guard = self.headguard
         return GenerateRequest(
             prompt=tuple(prompt),
             revision=revision,
@@ -95,7 +83,7 @@ class Body(BaseModel):
                 seed=self.seed,
             ),
             stop=stops,
-            watch=Watch(guard.window, guard.alpha, guard.stop, guard.fail == "closed"),
+            watch=self.headguard.watch,
         )
 
 
@@ -153,35 +141,11 @@ class CompletionBody(Body):
         return self.request(list(ids), revision, self.max_tokens)
 
 
-AnyBody = TypeVar("AnyBody", bound=BaseModel)
-
-
 def parse(raw: bytes, kind: type[AnyBody]) -> AnyBody:
-    """A request body from its bytes. Raises BadRequest naming the first field that is wrong."""
-    try:
-        data = json.loads(raw)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not valid JSON: {_where(error)}", code="invalid_json") from error
-    if not isinstance(data, dict):
-        raise BadRequest(f"the body must be a JSON object, found {type(data).__name__}.", code="invalid_json")
+    """A request body from its bytes. Raises BadRequest naming the first field that is wrong or not implemented."""
+    data = read_object(raw)
     for name, neutral in _NEUTRAL.items():
         value = data.get(name)
         if value is not None and value not in neutral:
             raise BadRequest(f"{name!r} is not supported by this engine.", code="unsupported_parameter", param=name)
-    try:
-        # Text that UTF-8 cannot carry (half a surrogate pair) is found here, not inside the tokenizer.
-        raw_text = json.dumps(data, ensure_ascii=False)
-        raw_text.encode()
-        return kind.model_validate(data)
-    except UnicodeEncodeError as error:
-        raise BadRequest("the body holds text that is not valid Unicode (a lone surrogate).") from error
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = [str(part) for part in first["loc"]]
-        raise BadRequest(f"{'.'.join(place) or 'body'}: {first['msg']}.", param=next(iter(place), None)) from error
-
-
-def _where(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at line {error.lineno}, column {error.colno}."
-    return f"{type(error).__name__}."
+    return check(data, kind)

@@ -34,9 +34,9 @@ from guard.profile import Profile
 from guard.verdict import unscored
 from serving.engines.embedded.advance import EngineFault, advance
 from serving.engines.embedded.requests import Answer, Event, Failed, GenerateRequest, Job
-from serving.engines.embedded.revisions import RevisionBooks, load_profile
 from serving.engines.embedded.sampling import Choice, Sampler, choose
 from serving.engines.embedded.text import Detokenizer, StopStrings
+from serving.engines.revisions import RevisionBooks, load_profile
 from serving.errors import BadRequest, Unavailable, from_guard
 
 log = logging.getLogger(__name__)

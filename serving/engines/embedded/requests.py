@@ -14,24 +14,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from guard.detector import Detector, Track
-from guard.verdict import Verdict, Window
+from guard.verdict import Verdict
+from guard.watch import Watch
 from serving.engines.embedded.sampling import Sampler, Sampling
 from serving.engines.embedded.text import Detokenizer, StopStrings
 from serving.errors import ServingError
 
 FinishReason = Literal["stop", "length", "content_filter"]
-
-
-@dataclass(frozen=True)
-class Watch:
-    """How one request is to be guarded. stop: end it at the step that flags it; fail_closed: also if it is
-    unscored.
-    """
-
-    window: Window = "all"
-    alpha: float | None = None
-    stop: bool = False
-    fail_closed: bool = False
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ def test_top_p_keeps_at_least_one_token_and_numbers_that_are_not_are_told():
 
 def test_events_stay_whole_whatever_line_ends_are_in_their_text():
     from guard.verdict import Span, Verdict
-    from serving.engines.embedded.answers import Form, comment
+    from serving.engines.annotations import comment
+    from serving.engines.embedded.answers import Form
 
     text = "a\n\r\u2028\u2029\x85b"
     (line,) = Form(True, "m").chunk(text).decode().splitlines()[:-1]

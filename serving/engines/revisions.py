@@ -1,9 +1,8 @@
 """The books of a running engine: which revisions it serves, with which profile, and how many requests hold each.
 
 A request takes a hold on its revision when it is submitted and gives it back when it is over; a revision is unloaded
-only when no request holds it, and none can take hold once unloading has begun. Detectors are made from a revision's
-profile and kept per (window, alpha). Everything here is bookkeeping under one lock; loading weights is the engine's
-work.
+only when no request holds it, and none can take hold once unloading has begun. Everything here is bookkeeping under one
+lock; loading weights is the engine's work.
 """
 
 from __future__ import annotations
@@ -17,12 +16,8 @@ from typing import Any
 from guard.detector import Detector
 from guard.errors import ProfileMismatch
 from guard.profile import Profile, ProfileKey
-from guard.verdict import Window
-from serving.engines.embedded.requests import Watch
+from guard.watch import DEFAULT_ALPHA, Watch, Watcher
 from serving.errors import Conflict, NotFound
-
-# Asked for no alpha, the engine tests at this false-alarm rate, or at the finest the calibration supports.
-DEFAULT_ALPHA = 0.05
 
 
 @dataclass
@@ -34,7 +29,15 @@ class Served:
     reason: str | None = "no_profile"
     in_flight: int = 0
     leaving: bool = False
-    detectors: dict[tuple[Window, float], Detector] = field(default_factory=dict)
+    watcher: Watcher | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.equip(self.profile, self.reason)
+
+    def equip(self, profile: Profile | None, reason: str | None) -> None:
+        """Gives it a profile, or the reason why there is none."""
+        self.profile, self.reason = profile, None if profile is not None else reason or "no_profile"
+        self.watcher = Watcher(profile) if profile is not None else None
 
 
 class RevisionBooks:
@@ -48,7 +51,7 @@ class RevisionBooks:
     def add(self, name: str | None, key: ProfileKey, profile: Profile | None, reason: str | None) -> None:
         """Begins to serve a revision."""
         with self._changed:
-            self._served[name] = Served(key, profile, None if profile is not None else reason or "no_profile")
+            self._served[name] = Served(key, profile, reason)
 
     def __contains__(self, name: object) -> bool:
         with self._changed:
@@ -64,17 +67,12 @@ class RevisionBooks:
             served = self._find(name)
             if served.leaving:
                 raise self._unknown(name)
-            if served.profile is None:
-                served.in_flight += 1
-                return None, DEFAULT_ALPHA if watch.alpha is None else watch.alpha, served.reason
-            alpha = watch.alpha
-            if alpha is None:
-                alpha = max(DEFAULT_ALPHA, served.profile.smallest_alpha(watch.window))
-            detector = served.detectors.get((watch.window, alpha))
-            if detector is None:
-                detector = served.detectors[watch.window, alpha] = Detector(served.profile, watch.window, alpha)
+            if served.watcher is None:
+                detector, alpha = None, DEFAULT_ALPHA if watch.alpha is None else watch.alpha
+            else:
+                detector, alpha = served.watcher.detector(watch), served.watcher.alpha(watch)
             served.in_flight += 1
-            return detector, alpha, None
+            return detector, alpha, served.reason
 
     def release(self, name: str | None) -> None:
         """A request that held the revision is over."""
@@ -82,17 +80,22 @@ class RevisionBooks:
             self._served[name].in_flight -= 1
             self._changed.notify_all()
 
-    def set_profile(self, name: str | None, path: str | Path | None) -> dict[str, Any]:
-        """Gives a revision another profile (None: takes it away). Requests in flight keep their detector.
+    def read_profile(self, name: str | None, path: str | Path | None) -> Profile | None:
+        """The profile in a file, if it belongs to this revision. Raises NotFound or ProfileMismatch."""
+        with self._changed:
+            key = self._find(name).key
+        return None if path is None else Profile.load(path, key)
 
-        Raises NotFound, or ProfileMismatch with everything as it was.
-        """
+    def equip(self, name: str | None, profile: Profile | None) -> dict[str, Any]:
+        """Gives a revision another profile (None: takes it away). Requests in flight keep their detector."""
         with self._changed:
             served = self._find(name)
-            profile = None if path is None else Profile.load(path, served.key)
-            served.profile, served.reason = profile, None if profile is not None else "no_profile"
-            served.detectors = {}
+            served.equip(profile, None)
             return self._entry(name, served)
+
+    def set_profile(self, name: str | None, path: str | Path | None) -> dict[str, Any]:
+        """`read_profile`, then `equip`; a refusal leaves everything as it was."""
+        return self.equip(name, self.read_profile(name, path))
 
     def remove(self, name: str, unload: Callable[[], None], drain_s: float) -> None:
         """Stops serving a revision: waits up to `drain_s` seconds for its requests, then calls `unload`.
