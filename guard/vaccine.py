@@ -25,6 +25,7 @@ from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
 FORMAT = "headguard.vaccine/1"
+_MEANING = ("version", "layers", "heads", "prefill_row")
 _HIDDEN = 48
 _MEMBERS = 3  # networks, each from its own seed; their log-odds are averaged
 _PASSES = 12
@@ -93,10 +94,10 @@ class Vaccine:
                 f"vaccine {self.digest[:12]} was made for base {self.base[:12]}, this is {base[:12]}. Run "
                 "`headguard vaccinate`."
             )
-        if dict(self.probe) != dict(probe):
-            raise ProfileMismatch(
-                f"vaccine {self.digest[:12]} was made with probe {dict(self.probe)}, this is {dict(probe)}."
-            )
+        # How an engine gets at the rows is its own affair; what the numbers are must agree.
+        meant, found = ({name: key.get(name) for name in _MEANING} for key in (self.probe, probe))
+        if meant != found:
+            raise ProfileMismatch(f"vaccine {self.digest[:12]} was made with a probe of {meant}, this is {found}.")
 
     def shared_words(self, texts: Iterable[str]) -> list[str]:
         """The words of ``texts`` (another backdoor's trigger) that its variants' triggers hold too, blind to case."""
