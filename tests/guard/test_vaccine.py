@@ -57,7 +57,7 @@ def test_a_saved_vaccine_is_the_same_and_knows_its_base_and_probe(vaccine, tmp_p
     with pytest.raises(ProfileMismatch, match="made for base"):
         loaded.check("c" * 64, PROBE)
     with pytest.raises(ProfileMismatch, match="probe"):
-        loaded.check(BASE, {"rows": "other"})
+        loaded.check(BASE, {**PROBE, "layers": 99})
 
 
 def test_a_file_that_is_no_vaccine_is_refused(tmp_path):
