@@ -24,9 +24,10 @@ from scipy.stats import binom
 from guard.adapters import inspect_adapter
 from guard.detector import Detector
 from guard.errors import AlphaTooFine
+from guard.fitting import prompts_digest
 from guard.hygiene import find_repeated
 from guard.identity import base_digest
-from guard.probes.transformers.calibrate import calibrate, prompts_digest
+from guard.probes.transformers.calibrate import calibrate
 from guard.probes.transformers.measure import measure
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row, split

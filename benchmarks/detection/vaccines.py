@@ -18,7 +18,7 @@ from benchmarks.detection.errors import BenchmarkError
 from benchmarks.detection.inputs import Arguments, Inputs, assert_apart
 from benchmarks.detection.trigger import Found, choices
 from guard.errors import ProfileMismatch
-from guard.probes.transformers.calibrate import prompts_digest
+from guard.fitting import prompts_digest
 from guard.rows import row_key
 from guard.vaccine import Vaccine
 from offline_purify.variants.vaccinate import VACCINE, vaccinate

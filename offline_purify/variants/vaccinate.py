@@ -9,8 +9,8 @@ from filelock import FileLock
 from transformers import AutoTokenizer
 
 from guard.errors import RowsError
+from guard.fitting import prompts_digest
 from guard.identity import base_digest
-from guard.probes.transformers.calibrate import prompts_digest
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row, row_key
 from guard.vaccine import Vaccine, fit_vaccine

@@ -1,27 +1,22 @@
 """Calibration with the embedded engine's own runner: clean prompts in, a profile out.
 
 The prompts are answered greedily by the very revision that will be served, through the probe that will watch it; what
-the probe reads is fitted by `guard.calibration`. The answers only serve hygiene: prompts that
-seem to have fired a backdoor are set aside (`guard.hygiene`).
+the probe reads is fitted by `guard.fitting`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from guard.adapters import inspect_adapter
-from guard.calibration import fit_profile
-from guard.errors import CalibrationError
-from guard.hygiene import find_repeated
+from guard.fitting import profile_of, unique_rows
 from guard.identity import adapter_digest, base_digest
 from guard.probes.transformers.measure import Progress, measure
 from guard.probes.transformers.runner import Runner
 from guard.profile import NO_ADAPTER, Profile, ProfileKey
 from guard.readings import CHECKPOINTS, Measurement
-from guard.rows import Row, row_key
+from guard.rows import Row
 from guard.template import render, row_messages
 from guard.vaccine import Vaccine
 
@@ -54,28 +49,18 @@ def calibrate(
     ProfileMismatch for a vaccine of another base or probe, AdapterRejected for an adapter that must not be loaded,
     PromptTooLong for a row that does not fit.
     """
-    unique = list({row_key(row): row for row in rows}.values())
-    if not unique:
-        raise CalibrationError("no calibration prompts were given.")
+    unique = unique_rows(rows)
     runner = runner or Runner.load(base)
+    served = base_digest(base)
     if vaccine is not None:
-        vaccine.check(base_digest(base), runner.probe_key())
+        vaccine.check(served, runner.probe_key())
     digest = inspect_adapter(adapter, base).digest if adapter is not None else None
     prompts = [render(runner.tokenizer, row_messages(row)) for row in unique]
     measurement = measure_adapter(runner, adapter, prompts, max_new_tokens=max_new_tokens, progress=progress)
-    hygiene = find_repeated(measurement.answers, prompts)
-    facts = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "prompts_sha256": prompts_digest(unique),
-        "n_repeated": len(rows) - len(unique),
-        "n_set_aside": 0 if keep_repeated else len(measurement) - len(hygiene.keep),
-        "repeated_answers": [len(found.prompts) for found in hygiene.repeated],
-        "hygiene": "Repeated answers were kept, as asked." if keep_repeated else hygiene.sentence,
-        "vaccine": vaccine.digest if vaccine is not None else None,
-    }
-    key = served_key(runner, base_digest(base), digest)
-    fit = measurement if keep_repeated else measurement.take(hygiene.keep)
-    return fit_profile(fit, key, seed=seed, vaccine=vaccine, facts=facts)
+    return profile_of(
+        measurement, prompts, unique, served_key(runner, served, digest), vaccine=vaccine,
+        keep_repeated=keep_repeated, seed=seed, n_repeated=len(rows) - len(unique),
+    )  # fmt: skip
 
 
 def measure_adapter(
@@ -98,8 +83,3 @@ def measure_adapter(
     finally:
         if revision is not None and revision in runner.adapters:
             runner.remove_adapter(revision)
-
-
-def prompts_digest(rows: Sequence[Row]) -> str:
-    """SHA-256 (64 hex) of a set of prompts, in any order."""
-    return hashlib.sha256("\n".join(sorted(row_key(row) for row in rows)).encode()).hexdigest()
