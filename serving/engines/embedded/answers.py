@@ -1,8 +1,8 @@
 """Events of the engine as OpenAI answers: one body, or server-sent events with the guard's comments among them.
 
 In a stream a verdict is a comment line (`engines.annotations`). That of step 0 precedes all chunks; that of
-checkpoint c stands between the chunks of tokens c and c + 1; a final one precedes the chunk with the finish_reason. Every
-generated token is one chunk, even if its text is still empty.
+checkpoint c stands between the chunks of tokens c and c + 1; a final one precedes the chunk with the finish_reason.
+Every generated token is one chunk, even if its text is still empty.
 """
 
 from __future__ import annotations
