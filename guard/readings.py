@@ -20,6 +20,14 @@ from guard.similarity import pair_cosines
 CHECKPOINTS = (0, 1, 2, 4, 8, 16, 32)
 
 
+def checkpoints_within(new_tokens: int | None) -> tuple[int, ...]:
+    """Checkpoints that answers of so many tokens can reach: 0, then the powers of two below `new_tokens`; for no number
+    the usual ones."""
+    if new_tokens is None:
+        return CHECKPOINTS
+    return (0, *(step for step in (2**power for power in range(30)) if step < new_tokens))
+
+
 @dataclass(frozen=True)
 class Reading:
     """One request at one checkpoint: gram [L, H, H], sink [L, H] and focus [T_p] fp32, summed over step + 1 rows;

@@ -15,7 +15,7 @@ from guard.identity import adapter_digest, base_digest
 from guard.probes.transformers.measure import Progress, measure
 from guard.probes.transformers.runner import Runner
 from guard.profile import NO_ADAPTER, Profile, ProfileKey
-from guard.readings import CHECKPOINTS, Measurement
+from guard.readings import Measurement, checkpoints_within
 from guard.rows import Row
 from guard.template import render, row_messages
 from guard.vaccine import Vaccine
@@ -79,7 +79,7 @@ def measure_adapter(
     if adapter is not None and revision is not None:
         runner.add_adapter(revision, adapter)
     try:
-        return measure(runner, prompts, CHECKPOINTS, max_new_tokens, revision, progress)
+        return measure(runner, prompts, checkpoints_within(max_new_tokens), max_new_tokens, revision, progress)
     finally:
         if revision is not None and revision in runner.adapters:
             runner.remove_adapter(revision)

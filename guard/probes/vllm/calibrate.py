@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -17,7 +18,7 @@ from guard.identity import base_digest
 from guard.probes.transformers.measure import Progress
 from guard.probes.vllm.measure import OfflineEngine
 from guard.profile import NO_ADAPTER, Profile, ProfileKey
-from guard.readings import CHECKPOINTS, Measurement
+from guard.readings import Measurement, checkpoints_within
 from guard.rows import Row
 from guard.template import render, row_messages
 from guard.vaccine import Vaccine
@@ -38,7 +39,7 @@ class Calibrator:
         self.base, self.adapter, self.dtype = Path(base), adapter, dtype
         self.info: AdapterInfo | None = inspect_adapter(adapter, base) if adapter is not None else None
         self.tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
-        more = {"max_model_len": max_len} if max_len is not None else {}
+        more: dict[str, Any] = {"max_model_len": max_len} if max_len is not None else {}
         self._engine = OfflineEngine(base, dtype, self.info.rank if self.info is not None else None, **more)
 
     def close(self) -> None:
@@ -58,7 +59,9 @@ class Calibrator:
         from vllm.lora.request import LoRARequest
 
         lora = LoRARequest("calibrated", 1, str(self.adapter)) if self.adapter is not None else None
-        return self._engine.measure(prompts, CHECKPOINTS, max_new_tokens, [lora] * len(prompts), progress)
+        return self._engine.measure(
+            prompts, checkpoints_within(max_new_tokens), max_new_tokens, [lora] * len(prompts), progress
+        )
 
     def calibrate(
         self,

@@ -27,21 +27,31 @@ from guard.readings import CHECKPOINTS, Measurement, Readings
 
 Recorded = Mapping[int, Sequence[tuple[int, HeadSums, tuple[float, ...]]]]
 _TOGETHER = 256
+_PATIENCE_S = 60.0
 
 
 class OfflineEngine:
     """vLLM on a base model (and one adapter at a time) with the probe attached; close it when done.
 
-    dtype: as served. options: more of vLLM's engine arguments (max_model_len, max_num_seqs, …).
+    dtype: as served; guarded False: vLLM as it comes, to compare with; options: more of vLLM's engine arguments
+    (max_model_len, max_num_seqs, …).
     """
 
-    def __init__(self, base: str | Path, dtype: str = "float32", lora_rank: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        base: str | Path,
+        dtype: str = "float32",
+        lora_rank: int | None = None,
+        guarded: bool = True,
+        **options: Any,
+    ) -> None:
         try:
             check_version(version("vllm"))
         except ImportError as error:
             raise UnsupportedModel("vLLM is not installed here: `make vllm` installs it.") from error
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ["VLLM_PLUGINS"] = PLUGIN
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ["VLLM_PLUGINS"] = PLUGIN if guarded else ""
         from vllm import LLM
 
         make: Any = LLM
@@ -54,7 +64,7 @@ class OfflineEngine:
 
     def close(self) -> None:
         """Ends the engine and its processes."""
-        self.llm.llm_engine.engine_core.shutdown()
+        self.llm.llm_engine.engine_core.shutdown(timeout=_PATIENCE_S)
 
     def status(self) -> dict[str, Any]:
         """The worker's `headguard_status`."""
