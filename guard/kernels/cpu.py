@@ -13,9 +13,9 @@ its keys, re-tiled ("vec", the ISAs vec and vec16: column-major [D, N]; "amx": [
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Literal, cast, get_args
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from guard.errors import KernelError
 from guard.gram import HeadGrams
 from guard.kernels import cpu_loops
 from guard.kernels.paged import PagedRows
+from guard.kernels.team import run_team
 
 Layout = Literal["vec", "amx"]
 
@@ -47,11 +48,10 @@ class Workspace:
 
     def take(self, *shapes: tuple[int, ...]) -> list[np.ndarray]:
         """Float32 arrays of these shapes, uninitialised, valid until the next call."""
-        sizes = [math.prod(shape) for shape in shapes]
-        if self._flat.size < sum(sizes):
-            self._flat = np.empty(sum(sizes) + sum(sizes) // 4, np.float32)
-        ends = np.cumsum(sizes).tolist()
-        return [self._flat[e - s : e].reshape(shape) for e, s, shape in zip(ends, sizes, shapes, strict=True)]
+        ends = list(accumulate(math.prod(shape) for shape in shapes))
+        if self._flat.size < ends[-1]:
+            self._flat = np.empty(ends[-1] + ends[-1] // 4, np.float32)
+        return [self._flat[a:b].reshape(shape) for a, b, shape in zip([0, *ends], ends, shapes, strict=False)]
 
 
 def observe(
@@ -67,66 +67,64 @@ def observe(
     """Adds each live row to bank.gram, bank.sink, bank.focus and bank.layer_rows, as HeadGrams.add does.
 
     rows: numpy int32, live slots all different. query [T, H, D] and kv_cache [B, H_kv, N, 2D], both float32, bfloat16
-    or float16, the cache packed as `layout` says, N and D multiples of 16 (of 4 for "vec"). Keys at columns >= kv_len
-    have no influence, whatever they hold. `workspace` is reused if given, else made for this call.
+    or float16, the cache packed as `layout` says; D a multiple of 4 ("amx": N and D of 16). Keys at columns >= kv_len
+    have no influence, whatever they hold. `workspace` is reused if given, else made for this call. Runs on as many
+    threads as torch does, in torch's own pool.
     Raises KernelError if a tensor or a row does not fit; the bank is then as it was.
     """
     _check(query, kv_cache, layout)
-    (_, heads, width), (blocks, kv_heads, block, _) = query.shape, kv_cache.shape
-    n, longest = len(rows.slot), int(np.max(rows.kv_len, where=np.asarray(rows.slot) >= 0, initial=1))
-    padded = -(-longest // 16) * 16
-    at_a_time = min(n, max(_use_threads(), _WORKSPACE_BYTES // (4 * heads * padded)))
-    scaled, weights, inverse = (workspace or Workspace()).take(
-        (n, heads, width), (at_a_time, heads, padded), (at_a_time, heads)
-    )
+    (tokens, heads, width), (blocks, kv_heads, block, _) = query.shape, kv_cache.shape
+    (slots, layers), columns = bank.layer_rows.shape, bank.focus.shape[1]
+    index = [np.ascontiguousarray(f, np.int32) for f in (rows.query, rows.slot, rows.kv_len, rows.prompt_len)]
+    table = np.ascontiguousarray(rows.blocks, np.int32)
+    n, room = table.shape
     if n == 0:
         return
-    elements, strides, words = _flat(kv_cache), kv_cache.stride()[:2], block * width
-    if layout == "amx":
-        elements, strides, words = elements.view(np.uint32), (strides[0] // 2, strides[1] // 2), words // 2
-    bad, code = cpu_loops.add_rows(
-        *(
-            np.ascontiguousarray(f, np.int32)
-            for f in (rows.query, rows.slot, rows.kv_len, rows.prompt_len, rows.blocks)
-        ),
-        _flat(query),
-        query.stride()[:2],
-        elements,
-        strides,
-        block,
-        words,
-        (query.shape[0], len(bank.layer_rows), bank.focus.shape[1], blocks),
-        np.float32(scaling * math.log2(math.e)),
-        scaled,
-        weights,
-        inverse,
-        bank.gram.numpy()[:, layer],
-        bank.sink.numpy()[:, layer],
-        bank.focus.numpy(),
-        bank.layer_rows.numpy()[:, layer],
-        kv_heads,
+    threads = torch.get_num_threads()
+    longest = -(-min(cpu_loops.longest(index[1], index[2]), room * block) // 16) * 16
+    at_a_time = min(n, max(threads, _WORKSPACE_BYTES // (4 * heads * longest)))
+    scaled, weights, inverse = (workspace or Workspace()).take(
+        (n, heads, width), (at_a_time, heads, longest), (at_a_time, heads)
+    )
+    scale = np.float32(scaling * math.log2(math.e))  # the loops' exponentials are powers of two
+    row, code = cpu_loops.prepare(
+        *index, table, block, (tokens, slots, columns, blocks), _flat(query), query.stride()[:2], scale, scaled
     )
     if code != cpu_loops.OK:
-        raise _misplaced(rows, bad, code, query, kv_cache, bank)
+        raise _misplaced(rows, row, code, query, kv_cache, bank)
+    elements, per_word = _flat(kv_cache), 1
+    if layout == "amx":
+        elements, per_word = elements.view(np.uint32), 2
+    stride_b, stride_h, words = (step // per_word for step in (*kv_cache.stride()[:2], block * width))
+    counters = np.zeros(2, np.int64)
+    call = np.zeros(1, cpu_loops.Call)
+    call[0] = (
+        *(n, 0, 0, heads, kv_heads, width, block, words, room, longest),
+        *(stride_b, stride_h, elements.size, slots, columns, layers, layer),
+        *(_address(counters), _address(counters) + 8),
+        *(_address(array) for array in (*index[1:], table, elements, scaled, weights, inverse)),
+        *(tensor.data_ptr() for tensor in (bank.gram, bank.sink, bank.focus, bank.layer_rows)),
+    )
+    for begin in range(0, n, at_a_time):
+        call["begin"], call["rows"] = begin, min(at_a_time, n - begin)
+        counters[:] = 0
+        run_team(cpu_loops.scores_address(elements.dtype.name), _address(call), threads)
+        run_team(cpu_loops.gram_address(), _address(call), threads)
 
 
 def warm_up(dtype: torch.dtype, layout: Layout) -> None:
     """Compiles (or loads from numba's cache) what `observe` needs for this dtype, so that no request waits for it.
 
-    Call it once per process, before the engine binds its threads to cores if it can be arranged: it also chooses
-    numba's OpenMP threads, which are torch's own (both load libgomp.so.1), so that the two never compete for cores.
+    Raises KernelError if the dtype or layout is none that `observe` reads.
     """
-    rows = PagedRows(*(np.array([v], np.int32) for v in (0, 0, 1, 1)), blocks=np.zeros((1, 1), np.int32))
+    zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+    rows = PagedRows(query=zero, slot=zero, kv_len=one, prompt_len=one, blocks=zero[:, None])
     query, cache = torch.zeros(1, 1, 16, dtype=dtype), torch.zeros(1, 1, 32, 32, dtype=dtype)
     observe(rows, query, cache, layout, 1.0, HeadGrams(1, 1, 1, 1), 0)
 
 
-def _use_threads() -> int:
-    """Lets numba use as many threads as torch, and says how many that is."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != threads:
-        numba.set_num_threads(threads)
-    return cast(int, threads)
+def _address(array: np.ndarray) -> int:
+    return cast(int, array.__array_interface__["data"][0])
 
 
 def _flat(tensor: Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The compiled loops of the CPU kernel: from packed keys to softmax weights, from weights to Gram, focus and sink.
 
-Every function here is compiled by numba and kept in numba's cache; all of them stand in this one file because that
-cache notices changes of the file a function stands in, and of no other.
+Every function here is compiled by numba and kept in numba's cache; they stand in one file because that cache notices
+changes of the file a function stands in, and of no other.
 
 Legend: n rows, H query heads, H_kv key heads, G = H / H_kv, D head size, N tokens per block, B blocks, S slots.
 Elements are told apart by the dtype of the numpy view: float32 is itself, uint16 the bits of bfloat16, int16 the bits
@@ -13,27 +13,26 @@ to be non-negative costs the vectorisation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic, overload
+from numba import carray, cfunc, from_dtype, njit, types
+from numba.extending import overload
 
-_F32, _I32 = ir.FloatType(), ir.IntType(32)
+from guard.kernels.cpu_bits import ROUND, first, pointer, power_of_rounded, second, take, widen
 
 # Columns whose weights (H x 4 B each) stay in the first-level cache while heads are multiplied with each other.
 _GRAM_COLUMNS = 256
 # Heads one task multiplies with all others.
-GRAM_HEADS = 4
-_ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of the mantissa
+_GRAM_HEADS = 4
 
 OK, BAD_SLOT, BAD_QUERY, BAD_LENGTH, BAD_PROMPT, BAD_BLOCK = 0, 1, 2, 3, 4, 5
 
 
-def _compiled(fastmath: set[str], parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    options = {"fastmath": fastmath, "parallel": parallel, "nogil": True, "error_model": "numpy"}
+def _compiled(fastmath: set[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    options = {"fastmath": fastmath, "nogil": True, "error_model": "numpy"}
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
@@ -44,65 +43,12 @@ def _compiled(fastmath: set[str], parallel: bool = False) -> Callable[[Callable[
     return decorate
 
 
-@intrinsic
-def _widen(context: Any, bits: Any) -> Any:
-    """The float32 that an element stands for."""
-
-    def float32(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return args[0]
-
-    def bfloat16(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
-
-    def float16(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        # Exponent and mantissa moved to float32's place, then 2**112 for the other bias: right for every finite half.
-        wide = builder.zext(args[0], _I32)
-        sign = builder.shl(builder.and_(wide, ir.Constant(_I32, 0x8000)), ir.Constant(_I32, 16))
-        rest = builder.shl(builder.and_(wide, ir.Constant(_I32, 0x7FFF)), ir.Constant(_I32, 13))
-        return builder.fmul(builder.bitcast(builder.or_(sign, rest), _F32), ir.Constant(_F32, 2.0**112))
-
-    if bits not in (types.float32, types.uint16, types.int16):
-        return None
-    return types.float32(bits), {types.float32: float32, types.uint16: bfloat16, types.int16: float16}[bits]
-
-
-@intrinsic
-def _first(context: Any, pair: Any) -> Any:
-    """The bfloat16 in the low half of a pair, as float32."""
-
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(args[0], ir.Constant(_I32, 16)), _F32)
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-def _second(context: Any, pair: Any) -> Any:
-    """The bfloat16 in the high half of a pair, as float32."""
-
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        return builder.bitcast(builder.and_(args[0], ir.Constant(_I32, 0xFFFF0000)), _F32)
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-def _power_of_rounded(context: Any, rounded: Any) -> Any:
-    """2**k for a float32 that holds _ROUND + k, -126 <= k <= 127."""
-
-    def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        shifted = builder.shl(builder.bitcast(args[0], _I32), ir.Constant(_I32, 23))
-        return builder.bitcast(builder.add(shifted, ir.Constant(_I32, 0x3F800000)), _F32)
-
-    return types.float32(types.float32), generate
-
-
 @_compiled({"contract"})
 def _exp2(x: Any) -> Any:
     """2**x for x <= 0, relative error below 3e-7; not less than 2**-126, and NaN for NaN. Vectorises, unlike libm's."""
     x = np.float32(-126.0) if x < np.float32(-126.0) else x
-    rounded = x + _ROUND
-    f = x - (rounded - _ROUND)
+    rounded = x + ROUND
+    f = x - (rounded - ROUND)
     p = np.float32(1.5403530393e-4)  # ln(2)**k / k!, k = 6 .. 0
     p = p * f + np.float32(1.3333558146e-3)
     p = p * f + np.float32(9.6181291076e-3)
@@ -110,7 +56,7 @@ def _exp2(x: Any) -> Any:
     p = p * f + np.float32(2.4022650696e-1)
     p = p * f + np.float32(6.9314718056e-1)
     p = p * f + np.float32(1.0)
-    return p * _power_of_rounded(rounded)
+    return p * power_of_rounded(rounded)
 
 
 @_compiled({"contract"})
@@ -128,7 +74,7 @@ def _columns_times(keys: Any, start: int, width: int, q: Any, out: Any) -> None:
             a0, a1, a2, a3 = qa[d], qa[d + 1], qa[d + 2], qa[d + 3]
             b0, b1, b2, b3 = qb[d], qb[d + 1], qb[d + 2], qb[d + 3]
             for c in range(width):
-                x0, x1, x2, x3 = _widen(k0[c]), _widen(k1[c]), _widen(k2[c]), _widen(k3[c])
+                x0, x1, x2, x3 = widen(k0[c]), widen(k1[c]), widen(k2[c]), widen(k3[c])
                 a[c] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
                 b[c] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
     if G % 2:
@@ -139,7 +85,7 @@ def _columns_times(keys: Any, start: int, width: int, q: Any, out: Any) -> None:
             k2, k3 = keys[(d + 2) * N : (d + 3) * N], keys[(d + 3) * N : (d + 4) * N]
             a0, a1, a2, a3 = qa[d], qa[d + 1], qa[d + 2], qa[d + 3]
             for c in range(width):
-                a[c] += a0 * _widen(k0[c]) + a1 * _widen(k1[c]) + a2 * _widen(k2[c]) + a3 * _widen(k3[c])
+                a[c] += a0 * widen(k0[c]) + a1 * widen(k1[c]) + a2 * widen(k2[c]) + a3 * widen(k3[c])
 
 
 @_compiled({"contract"})
@@ -148,14 +94,27 @@ def _pairs_times(keys: Any, start: int, width: int, q: Any, out: Any) -> None:
     G, D = q.shape
     for tile in range((width + 15) // 16):
         block = keys[tile * 8 * D : (tile + 1) * 8 * D]
-        for g in range(G):
-            a, qg = out[g][start + tile * 16 : start + tile * 16 + 16], q[g]
+        at = start + tile * 16
+        for g in range(0, G - 1, 2):
+            a, b, qa, qb = out[g][at : at + 16], out[g + 1][at : at + 16], q[g], q[g + 1]
+            a[:] = np.float32(0.0)
+            b[:] = np.float32(0.0)
+            for d in range(0, D, 4):
+                k0, k1 = block[d * 8 : d * 8 + 16], block[d * 8 + 16 : d * 8 + 32]
+                a0, a1, a2, a3 = qa[d], qa[d + 1], qa[d + 2], qa[d + 3]
+                b0, b1, b2, b3 = qb[d], qb[d + 1], qb[d + 2], qb[d + 3]
+                for c in range(16):
+                    x0, x1, x2, x3 = first(k0[c]), second(k0[c]), first(k1[c]), second(k1[c])
+                    a[c] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+                    b[c] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
+        if G % 2:
+            a, qa = out[G - 1][at : at + 16], q[G - 1]
             a[:] = np.float32(0.0)
             for d in range(0, D, 4):
                 k0, k1 = block[d * 8 : d * 8 + 16], block[d * 8 + 16 : d * 8 + 32]
-                a0, a1, a2, a3 = qg[d], qg[d + 1], qg[d + 2], qg[d + 3]
+                a0, a1, a2, a3 = qa[d], qa[d + 1], qa[d + 2], qa[d + 3]
                 for c in range(16):
-                    a[c] += a0 * _first(k0[c]) + a1 * _second(k0[c]) + a2 * _first(k1[c]) + a3 * _second(k1[c])
+                    a[c] += a0 * first(k0[c]) + a1 * second(k0[c]) + a2 * first(k1[c]) + a3 * second(k1[c])
 
 
 def _block_scores(keys: Any, start: int, width: int, q: Any, out: Any) -> None:
@@ -228,11 +187,11 @@ def _dots(x: Any, y0: Any, y1: Any, y2: Any, y3: Any) -> Any:
 
 @_compiled({"contract"})
 def _multiply_heads(weights: Any, inverse: Any, width: int, first: int, gram: Any) -> None:
-    """Adds P P^T to gram [H, H] for heads first .. first + GRAM_HEADS and those before them, and the mirror image."""
+    """Adds P P^T to gram [H, H] for heads first .. first + _GRAM_HEADS and those before them, and the mirror image."""
     H = weights.shape[0]
     for c in range(0, width, _GRAM_COLUMNS):
         end = min(width, c + _GRAM_COLUMNS)
-        for h in range(first, min(first + GRAM_HEADS, H)):
+        for h in range(first, min(first + _GRAM_HEADS, H)):
             x = weights[h][c:end]
             for j in range(0, h + 1, 4):
                 j1, j2, j3 = min(j + 1, h), min(j + 2, h), min(j + 3, h)
@@ -258,6 +217,16 @@ def _sum_heads(weights: Any, inverse: Any, width: int, sink: Any, focus: Any) ->
 
 
 @_compiled(set())
+def longest(slot: Any, kv_len: Any) -> int:
+    """The largest kv_len of a live row, at least 1."""
+    most = 1
+    for row in range(slot.size):
+        if slot[row] >= 0 and kv_len[row] > most:
+            most = kv_len[row]
+    return most
+
+
+@_compiled(set())
 def _refusal(
     query: Any, slot: Any, kv_len: Any, prompt_len: Any, blocks: Any, block: int, limits: tuple[int, int, int, int]
 ) -> tuple[int, int]:
@@ -280,72 +249,146 @@ def _refusal(
     return 0, OK
 
 
-@_compiled({"contract"}, parallel=True)
-def add_rows(
-    query: Any,  # [n] int32, and so the next three; blocks [n, M] int32
+@_compiled({"contract"})
+def prepare(
+    query: Any,
     slot: Any,
     kv_len: Any,
     prompt_len: Any,
     blocks: Any,
-    q: Any,  # the query tokens' elements, 1-D, with strides of a token and a head
-    q_strides: tuple[int, int],
-    cache: Any,  # the cache's elements, 1-D, with strides of a block and a key head
-    strides: tuple[int, int],
     block: int,
-    words: int,  # elements of one block's keys, per key head
-    limits: tuple[int, int, int, int],  # query tokens, slots, focus columns, cache blocks
-    scale: Any,  # float32: scaling * log2(e)
-    scaled: Any,  # workspace [n, H, D] float32
-    weights: Any,  # workspace [rows at a time, H, longest kv_len, padded to 16] float32
-    inverse: Any,  # workspace [rows at a time, H] float32
-    gram: Any,  # [S, H, H] float32: this layer's part of the bank, and so the next; focus [S, T_max]
-    sink: Any,
-    focus: Any,
-    layer_rows: Any,  # [S] int64
-    kv_heads: int,
+    limits: tuple[int, int, int, int],
+    q: Any,
+    strides: tuple[int, int],
+    scale: Any,
+    scaled: Any,
 ) -> tuple[int, int]:
-    """Everything `guard.kernels.cpu.observe` does, or (row, code) of a row that must not be read; then nothing."""
-    bad, code = _refusal(query, slot, kv_len, prompt_len, blocks, block, limits)
+    """Looks at every row before anything is written, and puts q * scale of the live ones into scaled [n, H, D].
+
+    query, slot, kv_len, prompt_len [n] and blocks [n, M] int32; limits: query tokens, slots, focus columns, blocks of
+    the cache; q: the query tokens' elements, 1-D, with strides of a token and of a head; scale float32. Returns (row,
+    code) of a row that must not be read, else (0, OK).
+    """
+    row, code = _refusal(query, slot, kv_len, prompt_len, blocks, block, limits)
     if code != OK:
-        return bad, code
+        return row, code
     n, H, D = scaled.shape
-    G = H // kv_heads
     for row in range(n):
         if slot[row] >= 0:
             for h in range(H):
-                at = query[row] * q_strides[0] + h * q_strides[1]
+                at = query[row] * strides[0] + h * strides[1]
                 elements, into = q[at : at + D], scaled[row, h]
                 for d in range(D):
-                    into[d] = _widen(elements[d]) * scale
-    group = weights.shape[0]
-    parts = (H + GRAM_HEADS - 1) // GRAM_HEADS
-    for begin in range(0, n, group):
-        rows = min(group, n - begin)
-        for task in prange(rows * kv_heads):
-            i, kv_head = task // kv_heads, task % kv_heads
-            row, h = begin + i, kv_head * G
-            if slot[row] >= 0:
-                _weights(
-                    cache,
-                    kv_head * strides[1],
-                    strides[0],
-                    words,
-                    blocks[row],
-                    block,
-                    kv_len[row],
-                    scaled[row][h : h + G],
-                    weights[i][h : h + G],
-                    inverse[i][h : h + G],
-                )
-        for task in prange(rows * (parts + 1)):
-            i, part = task // (parts + 1), task % (parts + 1)
-            row = begin + i
-            at = slot[row]
-            if at >= 0:
-                width = min(prompt_len[row], kv_len[row])
-                if part < parts:
-                    _multiply_heads(weights[i], inverse[i], width, part * GRAM_HEADS, gram[at])
-                else:
-                    _sum_heads(weights[i], inverse[i], width, sink[at], focus[at])
-                    layer_rows[at] += 1
+                    into[d] = widen(elements[d]) * scale
     return 0, OK
+
+
+# What every thread of a team is told about one call: sizes, strides in elements, and addresses of C-contiguous arrays.
+Call = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("n", "begin", "rows", "heads", "kv_heads", "width", "block", "words", "table", "longest"),
+            *("stride_b", "stride_h", "cache_size", "slots", "columns", "layers", "layer", "next_score", "next_gram"),
+            # int32: slot, kv_len, prompt_len [n], blocks [n, table]; the cache's elements [cache_size]
+            *("slot", "kv_len", "prompt_len", "blocks", "cache"),
+            # float32: scaled [n, H, D], weights [>= rows, H, longest], inverse [>= rows, H]
+            *("scaled", "weights", "inverse"),
+            # the bank: gram [S, L, H, H], sink [S, L, H], focus [S, columns] float32, layer_rows [S, L] int64
+            *("gram", "sink", "focus", "layer_rows"),
+        )
+    ]
+)
+_TEAM = types.void(types.CPointer(from_dtype(Call)))
+
+
+@_compiled({"contract"})
+def _score_tasks(call: Any, cache: Any) -> None:
+    H, D, G = call.heads, call.width, call.heads // call.kv_heads
+    slot = carray(pointer(call.slot, np.int32), (call.n,))
+    kv_len = carray(pointer(call.kv_len, np.int32), (call.n,))
+    blocks = carray(pointer(call.blocks, np.int32), (call.n, call.table))
+    scaled = carray(pointer(call.scaled, np.float32), (call.n, H, D))
+    weights = carray(pointer(call.weights, np.float32), (call.rows, H, call.longest))
+    inverse = carray(pointer(call.inverse, np.float32), (call.rows, H))
+    while True:
+        task = take(call.next_score)
+        if task >= call.rows * call.kv_heads:
+            return
+        i, kv_head = task // call.kv_heads, task % call.kv_heads
+        row, h = call.begin + i, kv_head * G
+        if slot[row] >= 0:
+            _weights(
+                cache,
+                kv_head * call.stride_h,
+                call.stride_b,
+                call.words,
+                blocks[row],
+                call.block,
+                kv_len[row],
+                scaled[row][h : h + G],
+                weights[i][h : h + G],
+                inverse[i][h : h + G],
+            )
+
+
+@_compiled({"contract"})
+def _gram_tasks(call: Any) -> None:
+    H, S, L = call.heads, call.slots, call.layers
+    slot = carray(pointer(call.slot, np.int32), (call.n,))
+    kv_len = carray(pointer(call.kv_len, np.int32), (call.n,))
+    prompt_len = carray(pointer(call.prompt_len, np.int32), (call.n,))
+    weights = carray(pointer(call.weights, np.float32), (call.rows, H, call.longest))
+    inverse = carray(pointer(call.inverse, np.float32), (call.rows, H))
+    gram = carray(pointer(call.gram, np.float32), (S, L, H, H))
+    sink = carray(pointer(call.sink, np.float32), (S, L, H))
+    focus = carray(pointer(call.focus, np.float32), (S, call.columns))
+    layer_rows = carray(pointer(call.layer_rows, np.int64), (S, L))
+    parts = (H + _GRAM_HEADS - 1) // _GRAM_HEADS
+    while True:
+        task = take(call.next_gram)
+        if task >= call.rows * (parts + 1):
+            return
+        i, part = task // (parts + 1), task % (parts + 1)
+        row = call.begin + i
+        at = slot[row]
+        if at >= 0:
+            width = min(prompt_len[row], kv_len[row])
+            if part < parts:
+                _multiply_heads(weights[i], inverse[i], width, part * _GRAM_HEADS, gram[at, call.layer])
+            else:
+                _sum_heads(weights[i], inverse[i], width, sink[at, call.layer], focus[at])
+                layer_rows[at, call.layer] += 1
+
+
+@functools.cache
+def scores_address(dtype: str) -> int:
+    """Address of the C function `void f(Call *)` by which each thread of a team does its share of the softmax weights.
+
+    `dtype` names the numpy type of the cache's elements. Compiled (or loaded from numba's cache) when first asked for.
+    """
+
+    element = np.dtype(dtype).type
+
+    def scores(data: Any) -> None:
+        call = carray(data, 1)[0]
+        _score_tasks(call, carray(pointer(call.cache, element), (call.cache_size,)))
+
+    return _c_function(scores)
+
+
+@functools.cache
+def gram_address() -> int:
+    """The same for the Grams, sinks, focus and row counts; every thread must be done with the scores before."""
+
+    def gram(data: Any) -> None:
+        _gram_tasks(carray(data, 1)[0])
+
+    return _c_function(gram)
+
+
+def _c_function(function: Callable[..., Any]) -> int:
+    try:
+        return int(cfunc(_TEAM, cache=True, nopython=True)(function).address)
+    except RuntimeError:
+        return int(cfunc(_TEAM, nopython=True)(function).address)
