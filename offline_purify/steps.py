@@ -310,6 +310,7 @@ class RepairSteps:
             alpha=self.spec.alpha,
             seed=self.spec.seed,
             vaccine=self.spec.vaccine,
+            like=self.spec.profile,
             device=self.spec.device,
             progress=self.progress,
         )
