@@ -50,6 +50,12 @@ class Ask:
         return self.body["messages"] if self.kind == "chat" else [{"role": "user", "content": prompt}]
 
 
+class RevisionLost(Unavailable):
+    """The engine does not serve the revision that a request was sent to. Nothing of an answer was heard, so it may be
+    asked again, of the revision that answers to the name by now. Not counted yet.
+    """
+
+
 @dataclass(frozen=True)
 class Leg:
     """One attempt to answer: which revision, under which policy."""
@@ -164,12 +170,20 @@ class Answers:
 
     def _failed(self, ask: Ask, leg: Leg, phase: str, error: BaseException) -> ServingError | EngineError:
         """Count an engine failure and say what the client is told. 4xx of the engine are the client's and pass."""
-        if isinstance(error, EngineError) and error.status < 500:
+        if isinstance(error, EngineError) and error.lost:
+            if leg.revision == ask.route.revision and phase != "streaming":
+                return RevisionLost(f"{leg.revision} is not loaded in the engine; request {ask.id} was not scored.")
+        elif isinstance(error, EngineError) and error.status < 500:
             return error
         self._metrics.count_error(ask.route.alias, leg.revision, leg.policy, phase)
         log.warning("engine failed", extra={"request_id": ask.id, "revision": leg.revision, "error": repr(error)})
         why = "did not answer in time" if isinstance(error, TimeoutError) else "failed while answering"
         return Unavailable(f"the engine {why}; request {ask.id} was not scored. Try again.")
+
+    def count_lost(self, ask: Ask) -> None:
+        """A request ends with RevisionLost after all."""
+        self._metrics.count_error(ask.route.alias, ask.route.revision, ask.route.policy, "lost")
+        log.warning("revision lost", extra={"request_id": ask.id, "revision": ask.route.revision})
 
     def _body(self, ask: Ask, leg: Leg, **more: Any) -> dict[str, Any]:
         return {**ask.body, **more, "model": leg.revision, "headguard": leg.policy.engine_fields()}

@@ -23,7 +23,7 @@ from serving.cases import Cases
 from serving.engine import Engine, EngineError
 from serving.evidence import Sealer
 from serving.metrics import Metrics
-from serving.restore import restore
+from serving.restore import Leftovers, restore
 from serving.settings import Settings
 from serving.staleness import Staleness
 from serving.store.database import Store
@@ -31,8 +31,12 @@ from serving.store.models import Adapter, Repair, Revision
 from serving.swap import Swapper
 
 log = logging.getLogger(__name__)
+# How soon a swap made by another gateway over the same database is noticed here.
+_REFRESH_EVERY_S = 1.0
 _RESTORE_EVERY_S = 5.0
 _ERASE_EVERY_S = 600.0
+# Looks (one every _RESTORE_EVERY_S) after which what nobody wants is unloaded: far longer than a swap probes.
+_LEFTOVER_LOOKS = 24
 _REPAIR_STATES = ("requested", "running", "offered", "refused", "failed", "approved", "rejected")
 
 
@@ -90,13 +94,21 @@ class Gateway:
             log.warning("the engine does not answer: %s", error)
 
     async def keep_up(self) -> None:
-        """Forever: refill an engine that came late or came back empty, and erase evidence that has expired."""
-        erase_in_s = _ERASE_EVERY_S
+        """Forever: notice swaps made elsewhere, refill an engine that came late or came back empty, unload what nobody
+        wants, and erase evidence that has expired.
+        """
+        restore_in_s, erase_in_s = _RESTORE_EVERY_S, _ERASE_EVERY_S
+        leftovers = Leftovers(_LEFTOVER_LOOKS)
         while True:
-            await asyncio.sleep(_RESTORE_EVERY_S)
-            erase_in_s -= _RESTORE_EVERY_S
+            await asyncio.sleep(_REFRESH_EVERY_S)
+            restore_in_s -= _REFRESH_EVERY_S
+            erase_in_s -= _REFRESH_EVERY_S
             try:
-                await self._restore()
+                await asyncio.to_thread(self.aliases.refresh)
+                if restore_in_s <= 0:
+                    restore_in_s = _RESTORE_EVERY_S
+                    await self._restore()
+                    await leftovers.sweep(self.store, self.engine)
                 if erase_in_s <= 0:
                     erase_in_s = _ERASE_EVERY_S
                     await asyncio.to_thread(self.cases.erase_expired)

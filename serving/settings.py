@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -23,8 +24,10 @@ from pydantic_settings import (
 from serving.policy import Policy
 
 ENV_PREFIX = "HEADGUARD_"
-# Read by clients of the gateway (the commands), not by the gateway itself; listed so that they are not refused here.
-CLIENT_VARIABLES = frozenset({"HEADGUARD_URL", "HEADGUARD_KEY", "HEADGUARD_CONFIG", "HEADGUARD_TEST_POSTGRES_URL"})
+# Read by clients of the gateway (the commands) and by engines, not by the gateway; listed so that they are not refused.
+CLIENT_VARIABLES = frozenset(
+    {"HEADGUARD_URL", "HEADGUARD_KEY", "HEADGUARD_CONFIG", "HEADGUARD_TEST_POSTGRES_URL", "HEADGUARD_WATCH"}
+)
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -56,7 +59,11 @@ class Settings(BaseSettings):
         default="on",
         description="off lets clients call /v1 without a key, on loopback only; /admin always needs a key.",
     )
-    engine_url: str | None = Field(default=None, description="URL of a remote engine; default is the embedded one.")
+    engine_url: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="URLs of engines that run already (several take turns); default is one started here.",
+    )
+    engine_key: SecretStr | None = Field(default=None, description="API key that these engines ask for.")
     policy: Policy = Field(default=Policy(), description="Policy of every model name that has none of its own.")
     client_verdict: Literal["full", "status"] = Field(
         default="full", description="How much of the verdict clients see: everything but span text, or the status only."
@@ -97,6 +104,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then environment. ``load_settings`` adds the file below them."""
         return (init_settings, EnvSettingsSource(settings_cls))
+
+    @field_validator("engine_url", mode="before")
+    @classmethod
+    def _split(cls, given: Any) -> Any:
+        return tuple(filter(None, given.replace(",", " ").split())) if isinstance(given, str) else given
 
     @field_validator("model", "state_dir", "vaccine")
     @classmethod

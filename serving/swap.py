@@ -112,7 +112,7 @@ class Swapper:
                 await self._engine.set_profile(revision, row.profile_path)
         except EngineError as error:
             raise Unavailable(f"the engine could not load {revision}: {error}") from error
-        probe = await self._probe(revision, policy)
+        probe = await self._probes(revision, policy)
         if probe.status == "unscored" and not allow_uncalibrated:
             raise Conflict(
                 f"{revision} was loaded, but its probe was not scored (reason: {probe.reason}), so it would answer "
@@ -150,7 +150,12 @@ class Swapper:
             check_policy(policy, Profile.load(row.profile_path))
         return row, policy
 
-    async def _probe(self, revision: str, policy: Policy) -> Verdict:
+    async def _probes(self, revision: str, policy: Policy) -> Verdict:
+        """The verdict of one tiny answer by each engine; the first unscored one counts for all."""
+        verdicts = [await self._probe(engine, revision, policy) for engine in self._engine.members]
+        return next((verdict for verdict in verdicts if verdict.status == "unscored"), verdicts[0])
+
+    async def _probe(self, engine: Engine, revision: str, policy: Policy) -> Verdict:
         """The verdict of one tiny answer by ``revision``; a length outside the profile's is tried again, longer."""
         verdict = read_verdict(None, policy)
         for words in _PROBE_WORDS:
@@ -162,7 +167,7 @@ class Swapper:
                 "headguard": {"window": "prefill", "alpha": policy.alpha, "stop": False, "fail": "open"},
             }
             try:
-                answer = await self._engine.complete("/v1/chat/completions", body)
+                answer = await engine.complete("/v1/chat/completions", body)
             except EngineError as error:
                 if error.status == 400 and words > _PROBE_WORDS[0]:
                     return verdict  # longer than the context: the shorter ones have said what there is to say
@@ -194,7 +199,8 @@ class Swapper:
         if not await self._in_flight.drained(revision, self._drain_timeout_s, standby=True):
             return False
         try:
-            await self._engine.unload(revision)
+            # Other gateways may still answer with it: the engine knows.
+            await self._engine.unload(revision, self._drain_timeout_s)
         except EngineError as error:
             log.warning("could not unload", extra={"revision": revision, "error": str(error)})
             return False

@@ -23,6 +23,11 @@ class EngineError(Exception):
         self.status, self.body = status, body
         super().__init__(f"engine answered {status}: {body.get('error', {}).get('message', '')}")
 
+    @property
+    def lost(self) -> bool:
+        """Whether the engine does not serve the revision that was asked for."""
+        return self.status == 404 and self.body.get("error", {}).get("code") == "model_not_found"
+
 
 class EngineUnavailable(EngineError):
     """No connection to the engine, or it was lost; 503."""
@@ -45,6 +50,7 @@ class EngineClient:
         timeout_s: float = 300.0,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        self.url = base_url
         self._http = httpx.AsyncClient(
             base_url=base_url,
             transport=transport,
@@ -54,6 +60,11 @@ class EngineClient:
             headers=dict(headers or {}),
             trust_env=False,
         )
+
+    @property
+    def members(self) -> tuple[EngineClient, ...]:
+        """The engines behind this one: itself."""
+        return (self,)
 
     async def aclose(self) -> None:
         """Closes the connections."""

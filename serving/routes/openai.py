@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -16,9 +17,10 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from serving.answer import Ask, Streamed
+from serving.answer import Ask, RevisionLost, Streamed
 from serving.auth import Caller
 from serving.errors import BadRequest, ServingError
+from serving.gateway import Gateway
 from serving.routes.callers import gateway_of, needs
 
 router = APIRouter(prefix="/v1")
@@ -149,7 +151,25 @@ async def _answer(request: Request, kind: Literal["chat", "text"], caller: Calle
         raise Busy("too many requests at once; try again shortly.")
     ask = Ask(f"req-{uuid4().hex}", kind, body, gateway.aliases.route(body["model"]), caller.key_id)
     try:
-        if body.get("stream"):
+        return await _ask(request, gateway, ask)
+    except RevisionLost:
+        # Another gateway may have swapped a moment ago: the name is looked up once more.
+        await asyncio.to_thread(gateway.aliases.refresh)
+        route = gateway.aliases.route(body["model"])
+        if route.revision == ask.route.revision:
+            gateway.answers.count_lost(ask)
+            raise
+        ask = replace(ask, route=route)
+    try:
+        return await _ask(request, gateway, ask)
+    except RevisionLost:
+        gateway.answers.count_lost(ask)
+        raise
+
+
+async def _ask(request: Request, gateway: Gateway, ask: Ask) -> Response:
+    try:
+        if ask.body.get("stream"):
             return GuardedStream(await _unless_gone(request.receive, gateway.answers.streamed(ask)))
         whole = await _unless_gone(request.receive, gateway.answers.whole(ask))
     except ClientGone:

@@ -115,7 +115,7 @@ def live(house: House, weights: Weights) -> House:
 
 @pytest.fixture
 def peer() -> ScriptedPeer:
-    return ScriptedPeer(revisions={LIVE: "p", GOOD: "p"})
+    return ScriptedPeer(revisions={LIVE: PROFILE, GOOD: PROFILE})
 
 
 @pytest.fixture
