@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -74,3 +75,16 @@ def progress(what: str, as_json: bool = False) -> Iterator[Callable[[int, int], 
             bar.update(done - bar.n)
 
         yield update
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """A spinner on stderr with the seconds that passed, turned by the callable; one plain line where there is no
+    terminal.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(what, soft_wrap=True)
+    began = time.monotonic()
+    with console.status(what) as status:
+        yield lambda: status.update(f"{what} · {time.monotonic() - began:.0f} s")
