@@ -108,8 +108,8 @@ def observe(
     for begin in range(0, n, at_a_time):
         call["begin"], call["rows"] = begin, min(at_a_time, n - begin)
         counters[:] = 0
-        run_team(cpu_loops.scores_address(elements.dtype.name), _address(call), threads)
-        run_team(cpu_loops.gram_address(), _address(call), threads)
+        run_team(cpu_loops.scores_function(elements.dtype.name).address, _address(call), threads)
+        run_team(cpu_loops.gram_function().address, _address(call), threads)
 
 
 def warm_up(dtype: torch.dtype, layout: Layout) -> None:

@@ -362,12 +362,12 @@ def _gram_tasks(call: Any) -> None:
 
 
 @functools.cache
-def scores_address(dtype: str) -> int:
-    """Address of the C function `void f(Call *)` by which each thread of a team does its share of the softmax weights.
+def scores_function(dtype: str) -> Any:
+    """The C function `void f(Call *)` by which each thread of a team does its share of the softmax weights.
 
-    `dtype` names the numpy type of the cache's elements. Compiled (or loaded from numba's cache) when first asked for.
+    `dtype` names the numpy type of the cache's elements. Compiled (or loaded from numba's cache) when first asked for;
+    the result's `address` is valid as long as the result lives.
     """
-
     element = np.dtype(dtype).type
 
     def scores(data: Any) -> None:
@@ -378,7 +378,7 @@ def scores_address(dtype: str) -> int:
 
 
 @functools.cache
-def gram_address() -> int:
+def gram_function() -> Any:
     """The same for the Grams, sinks, focus and row counts; every thread must be done with the scores before."""
 
     def gram(data: Any) -> None:
@@ -387,8 +387,8 @@ def gram_address() -> int:
     return _c_function(gram)
 
 
-def _c_function(function: Callable[..., Any]) -> int:
+def _c_function(function: Callable[..., Any]) -> Any:
     try:
-        return int(cfunc(_TEAM, cache=True, nopython=True)(function).address)
-    except RuntimeError:
-        return int(cfunc(_TEAM, nopython=True)(function).address)
+        return cfunc(_TEAM, cache=True, nopython=True)(function)
+    except RuntimeError:  # nowhere to write a cache
+        return cfunc(_TEAM, nopython=True)(function)
