@@ -8,7 +8,10 @@ verdict is written into it. Nothing comes out before the first ``hold_back`` tok
 
 Blocked within the hold-back, the client gets an empty answer with ``finish_reason: content_filter``; flagged after it,
 the answer stops there. Whatever the engine fails to say counts as ``unscored``, never as clean: no verdict at all, or
-a clean one that was never made final. Engines that write no chunk per token are held by what they send as one.
+a clean one that was never made final.
+
+Only verdicts release: a verdict says how many tokens it covers, a chunk does not say how many it holds (a busy engine
+merges tokens, an echo holds none). Chunks are counted for engines that never say a word, whose answers are unscored.
 """
 
 from __future__ import annotations
@@ -137,10 +140,13 @@ class _Gate:
         return decide(self.verdict(ending), self.policy, self.transcript.released)
 
     def covered(self, upcoming_tokens: int) -> bool:
-        """Whether the verdict at hand covers all that must be held, with ``upcoming_tokens`` about to be added."""
+        """Whether the verdict at hand covers all that must be held, with ``upcoming_tokens`` about to be added.
+
+        Without any verdict so far: whether there is nothing left to wait for.
+        """
         verdict, hold = self.transcript.verdict, self.policy.held_tokens
-        if verdict is not None and (verdict.final or (hold is not None and verdict.step >= hold)):
-            return True
+        if verdict is not None:
+            return verdict.final or (hold is not None and verdict.step >= hold)
         return hold is not None and self.transcript.tokens + upcoming_tokens > hold
 
     def open(self) -> list[Opened | Pass]:

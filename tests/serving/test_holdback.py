@@ -95,6 +95,24 @@ async def test_an_engine_without_annotations_is_unscored_and_the_policy_decides(
     assert last(out).verdict.reason == "no_annotation"
 
 
+async def test_chunks_that_hold_several_tokens_or_none_release_nothing_before_the_verdict_that_covers_it():
+    merged = [token("w1 w2 w3 "), token("w4 w5 w6 ")]
+    late = comment(verdict("flagged", step=4, final=True))
+    out, _ = await run([comment(verdict()), ROLE, *merged, late, finish("content_filter"), DONE], BLOCK)
+    assert "w1" not in text(out)
+    echo = [token("the prompt "), token("again "), *tokens(1, 4)]
+    out, _ = await run([comment(verdict()), ROLE, *echo, late, finish("content_filter"), DONE], BLOCK)
+    assert "w1" not in text(out)
+
+
+async def test_a_hold_back_between_two_checkpoints_waits_for_the_later_one():
+    policy = Policy(mode="block", window="all", hold_back=3)
+    flagged = comment(verdict("flagged", step=8, final=True))
+    script = [comment(verdict()), ROLE, *tokens(1, 2), comment(verdict(step=2)), *tokens(3, 8), flagged, DONE]
+    out, _ = await run(script, policy)
+    assert "w1" not in text(out)
+
+
 async def test_a_clean_verdict_that_was_never_made_final_is_not_clean_at_the_end():
     out, _ = await run([comment(verdict()), ROLE, *tokens(1, 2), finish(), DONE], BLOCK)
     assert last(out).verdict.status == "unscored"

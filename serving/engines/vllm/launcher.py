@@ -28,6 +28,7 @@ _LONGEST_BACKOFF_S = 60.0
 _MESSAGE_CHARS = 600
 # "(EngineCore pid=12) ERROR 11-22 04:40:11 [core.py:93] ValueError: …", or the last line of a plain traceback.
 _ERROR = re.compile(r"(?:^|[\s:\]])((?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Guarded|Model|Interrupt)): (.+)$")
+_PREFIX = re.compile(r"^\(\w+ pid=\d+\)\s*(?:[A-Z]+ [\d-]+ [\d:]+ \[\S+\])?")
 _USAGE = re.compile(r"(?:error|argument): (.+)$")
 
 
@@ -147,7 +148,18 @@ def _last_words(log_file: Path) -> str:
         lines = log_file.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    named = [f"{match[1].rpartition('.')[2]}: {match[2]}" for line in lines if (match := _ERROR.search(line.rstrip()))]
+    named = [
+        f"{match[1].rpartition('.')[2]}: {match[2]}{_continued(match[2], lines[place + 1 : place + 3])}"
+        for place, line in enumerate(lines)
+        if (match := _ERROR.search(line.rstrip()))
+    ]
     usage = [match[1] for line in lines if "usage" not in line and (match := _USAGE.search(line.rstrip()))]
     words = (named or usage or [line for line in lines if line.strip()][-1:] or ["it said nothing"])[0]
     return f"{words[:_MESSAGE_CHARS]} (log: {log_file})"
+
+
+def _continued(message: str, following: Sequence[str]) -> str:
+    """What pydantic says on the next lines, of which the first is only a count."""
+    if "validation error" not in message:
+        return ""
+    return ": " + " ".join(_PREFIX.sub("", line).strip() for line in following).split(" [type=")[0]
