@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+VLLM   := $(VENV)/.vllm
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench vllm clean
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -16,10 +17,15 @@ $(READY): pyproject.toml
 	$(BIN)/pip install -q -e '.[test,postgres]'
 	touch $(READY)
 
+vllm: $(VLLM)  ## the production engine: vLLM with the guard's plugin, for the CPU or for an NVIDIA GPU if there is one
+$(VLLM): $(READY) deploy/install_vllm.py
+	$(BIN)/python deploy/install_vllm.py
+	touch $(VLLM)
+
 demo: $(READY)  ## the whole story in the terminal: flag, repair, approve, swap (about fifteen minutes the first time, four after that)
 	$(BIN)/headguard demo
 
-test: $(READY)  ## every test, the demo included
+test: $(VLLM)  ## every test, the demo and the real vLLM included
 	$(BIN)/python -m pytest
 
 check: $(READY)  ## format, lint, types and fast tests, under a minute
