@@ -1,0 +1,1 @@
+"""What the probe kernels cost next to the decode step they accompany: `python -m benchmarks.kernels --help`."""
