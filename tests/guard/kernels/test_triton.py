@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ def run(module: str, *arguments: str, **environment: str) -> None:
     """Runs a module of this package in its own process; fails with what it said if it fails."""
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-m", f"tests.guard.kernels.{module}", *arguments]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
