@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,13 +32,14 @@ from guard.calibration import fit_profile
 from guard.probes.vllm.measure import OfflineEngine
 from guard.probes.vllm.probe import FIELD
 from guard.profile import NO_ADAPTER, ProfileKey
-from guard.readings import checkpoints_within
+from guard.readings import Measurement, Readings, checkpoints_within
 from guard.verdict import Window
 from offline_purify.intervals import bootstrap
 from offline_purify.progress import ProgressBar
 
-CALIBRATION = 120
-"""Prompts that the watched arm's profile is fitted on: what it says does not matter here, what it costs does."""
+DRAWN, COPIES = 16, 8
+"""Prompts measured for the watched arm's profile, and slightly changed copies of each that it is fitted on: what the
+profile says does not matter here, what it costs does."""
 
 
 class Engine(StrEnum):
@@ -86,6 +89,7 @@ def main(
         raise typer.BadParameter(f"unknown shape {shape!r}: expected {' or '.join(SHAPES)}.", param_hint="--shape")
     if window not in ("prefill", "all") and not window.isdigit():
         raise typer.BadParameter("expected prefill, all or a number of tokens.", param_hint="--window")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a stopped run leaves no engine behind
     watched: Window = int(window) if window.isdigit() else window  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, ProgressBar() as bar:
         base = Path(folder) / "base"
@@ -135,7 +139,8 @@ def _measure(
         try:
             last = new if window == "all" else 1 if window == "prefill" else int(window) + 1
             steps = checkpoints_within(last)
-            clean = guarded.measure(prompts(CALIBRATION), steps, last, progress=lambda i, n: bar("calibration", i, n))
+            bar("calibration", 0, 1)
+            clean = _copied(guarded.measure(prompts(DRAWN), steps, last), seed)
             status = guarded.status()
             key = ProfileKey("0" * 64, NO_ADAPTER, "vllm", status["dtype"], status["key"])
             profile = fit_profile(clean, key, seed=seed)
@@ -158,6 +163,25 @@ def _measure(
         "rows_seen": status["seen_rows"],
         "checkpoints": list(profile.within(window)),
     }
+
+
+def _copied(drawn: Measurement, seed: int) -> Measurement:
+    """COPIES of every request, Grams scaled by a few per cent."""
+    rng = torch.Generator().manual_seed(seed)
+    at = {}
+    for step, readings in drawn.at.items():
+        n = len(readings.index)
+        gram = readings.gram.repeat(COPIES, 1, 1, 1)
+        noise = 1 + 0.03 * torch.randn(gram.shape, generator=rng)
+        at[step] = Readings(
+            step,
+            np.concatenate([readings.index + copy * len(drawn) for copy in range(COPIES)]),
+            gram * (noise + noise.mT) / 2,
+            readings.sink.repeat(COPIES, 1, 1) * (1 + 0.03 * torch.randn(COPIES * n, 1, 1, generator=rng)),
+            np.tile(readings.logprobs, (COPIES, 1)),
+            [focus for _ in range(COPIES) for focus in readings.focus],
+        )
+    return Measurement(np.tile(drawn.prompt_len, COPIES), [a for _ in range(COPIES) for a in drawn.answers], at)
 
 
 def _interleaved(

@@ -40,16 +40,16 @@ class Calibrator:
         self.info: AdapterInfo | None = inspect_adapter(adapter, base) if adapter is not None else None
         self.tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
         more: dict[str, Any] = {"max_model_len": max_len} if max_len is not None else {}
-        self._engine = OfflineEngine(base, dtype, self.info.rank if self.info is not None else None, **more)
+        self.engine = OfflineEngine(base, dtype, self.info.rank if self.info is not None else None, **more)
 
     def close(self) -> None:
         """Ends the engine."""
-        self._engine.close()
+        self.engine.close()
 
     def key(self) -> ProfileKey:
         """What a profile measured here is for."""
         digest = self.info.digest if self.info is not None else NO_ADAPTER
-        status = self._engine.status()
+        status = self.engine.status()
         return ProfileKey(base_digest(self.base), digest, ENGINE, status["dtype"], status["key"])
 
     def measure(
@@ -59,7 +59,7 @@ class Calibrator:
         from vllm.lora.request import LoRARequest
 
         lora = LoRARequest("calibrated", 1, str(self.adapter)) if self.adapter is not None else None
-        return self._engine.measure(
+        return self.engine.measure(
             prompts, checkpoints_within(max_new_tokens), max_new_tokens, [lora] * len(prompts), progress
         )
 

@@ -1,0 +1,72 @@
+"""The same adapter, the same prompts, two engines: each with its own profile, and one verdict."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from benchmarks.lab.cache import LabPaths
+from benchmarks.lab.tasks import sample
+from guard.detector import Detector
+from guard.probes.transformers.calibrate import calibrate, measure_adapter
+from guard.probes.transformers.runner import Runner
+from guard.probes.vllm.calibrate import Calibrator
+from guard.probes.vllm.probe import FIELD
+from guard.template import render, row_messages
+from guard.verdict import Verdict
+from offline_purify.attacks.catalogue import trigger
+from offline_purify.attacks.poison import triggered
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.lab
+NAME, ALPHA, WINDOW = "insult-prefix-fixed", 0.05, 2
+
+
+@pytest.fixture(scope="module")
+def both(lab: LabPaths, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Verdict], list[Verdict], int]:
+    """Verdicts of the embedded engine's detector and of vLLM's worker, and how many of the prompts are triggered."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    base, adapter = lab.base, lab.adapters[NAME]
+    rows = sample(500, 11, "calibration")
+    key, rng = trigger("prefix"), random.Random(0)
+    hits = [triggered(row, key, "", rng) for row in sample(60, 13, "evaluation")]
+    runner = Runner.load(base)
+    prompts = [render(runner.tokenizer, row_messages(row)) for row in [*sample(60, 12, "traffic"), *hits]]
+    profile = calibrate(base, adapter, rows, runner=runner)
+    ours = Detector(profile, WINDOW, ALPHA).verdicts(measure_adapter(runner, adapter, prompts))
+    calibrator = Calibrator(base, adapter)
+    try:
+        path = tmp_path_factory.mktemp("profile") / "vllm.safetensors"
+        digest = calibrator.calibrate(rows).save(path)
+        llm = calibrator.engine.llm
+        llm.collective_rpc("headguard_set_profile", args=("served", str(path), digest))
+        watch = {FIELD: {"window": WINDOW, "alpha": ALPHA}}
+        params = SamplingParams(
+            temperature=0.0, max_tokens=WINDOW + 1, extra_args=watch, output_kind=RequestOutputKind.DELTA
+        )
+        lora = LoRARequest("served", 2, str(adapter))
+        for number, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, params, lora_request=lora)
+        said: dict[str, Verdict] = {}
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                if output.kv_transfer_params:
+                    told = output.kv_transfer_params[FIELD]["verdict"]
+                    said[output.request_id] = Verdict.from_dict(told)
+        theirs = [said[str(number)].closed() for number in range(len(prompts))]
+    finally:
+        calibrator.close()
+    return ours, theirs, len(hits)
+
+
+def test_vllm_says_what_the_embedded_engine_says(both: tuple[list[Verdict], list[Verdict], int]) -> None:
+    ours, theirs, hits = both
+    assert [v.status for v in theirs] == [v.status for v in ours]
+    p_values: list[Any] = [(a.p_value, b.p_value) for a, b in zip(ours, theirs, strict=True)]
+    assert all(abs(a - b) <= 0.02 for a, b in p_values)
+    assert sum(v.status == "flagged" for v in ours[-hits:]) >= 5  # without a vaccine it is few; none would prove little
