@@ -20,11 +20,13 @@ def run(module: str, *arguments: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_interpreted_programs_give_the_reference_for_every_kind_of_batch():
     pytest.importorskip("triton")
     run("gpu_check", "cases", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.slow
 def test_the_programs_compile_for_gpus_and_fit_their_shared_memory(tmp_path):
     pytest.importorskip("triton")
     run("gpu_compile", TRITON_CACHE_DIR=str(tmp_path))

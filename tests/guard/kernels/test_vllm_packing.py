@@ -1,12 +1,15 @@
 """The CPU kernel on caches that vLLM's own op has written, and the packing the other tests assume."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 
 from tests.guard.kernels.paging import Case, assert_same, blocks_of, make, numpy_rows, paged, repacked
 
-pytest.importorskip("vllm")
+# Importing vLLM takes seconds: only the tests that need it do.
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 pytest.importorskip("numba")
 from guard.kernels import cpu
 
@@ -41,12 +44,16 @@ def check(dtype: torch.dtype, isa: str, layout: cpu.Layout, width: int) -> None:
     assert_same(bank, case.expected(case.bank(), 1))
 
 
+@pytest.mark.slow
+@needs_vllm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("isa", "width"), [("vec", 64), ("vec16", 80)])
 def test_keys_of_isa_vec_lie_column_major(dtype, isa, width):
     check(dtype, isa, "vec", width)
 
 
+@pytest.mark.slow
+@needs_vllm
 def test_keys_of_isa_amx_lie_in_vnni_pairs():
     if not (torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
         pytest.skip("this processor has no AMX: vLLM's op cannot write that packing here")
