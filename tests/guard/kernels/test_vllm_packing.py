@@ -8,10 +8,11 @@ import torch
 
 from tests.guard.kernels.paging import Case, assert_same, blocks_of, make, numpy_rows, paged, repacked
 
-# Importing vLLM takes seconds: only the tests that need it do.
-needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 pytest.importorskip("numba")
 from guard.kernels import cpu
+
+# Importing vLLM takes seconds: only the tests that need it do.
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 def write(case: Case, table: torch.Tensor, isa: str) -> torch.Tensor:
