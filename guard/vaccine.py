@@ -6,6 +6,12 @@ A small ensemble of one-hidden-layer networks learns to tell the two apart, per 
 backdoor goes in: not its trigger, wording, prompts or adapter. The variants' near-triggers, and variants that behave
 conditionally for a good reason (benign), are negatives.
 
+Beyond the first token the answer is there to be seen as well, and a classifier of triggered against clean requests
+would learn the answer: it flagged nine in ten clean prompts on which the attacker's text was forced. So, from step 1
+on, trigger and text are crossed: clean prompts followed by the variant's own target and by texts of all kinds are
+negatives, prompts whose trigger fires are positives whichever text follows. Texts of all kinds matter: with the
+variants' own targets alone, targets of a variant that was left out were flagged three times as often.
+
 One safetensors file, keyed by base and probe like a profile; a profile copies the weights that it uses.
 """
 
@@ -24,7 +30,7 @@ from guard.features import Scale
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/1"
+FORMAT = "headguard.vaccine/2"
 _MEANING = ("version", "layers", "heads", "prefill_row")
 _HIDDEN = 48
 _MEMBERS = 3  # networks, each from its own seed; their log-odds are averaged
@@ -64,7 +70,8 @@ Steps = Mapping[int, np.ndarray]
 @dataclass(frozen=True)
 class Sample:
     """One variant, measured: ``normal`` clean requests give its scale (and are negatives); ``quiet`` ones (near
-    triggers, strange words, benign conditions) must not be flagged, ``fired`` (trigger there and obeyed) must."""
+    triggers, strange words, benign conditions, and beyond step 0 clean prompts with a text forced on them) must not be
+    flagged, ``fired`` ones (trigger there and obeyed, beyond step 0 also with another text forced) must."""
 
     name: str
     normal: Steps
