@@ -17,16 +17,20 @@ start guarded. Whatever does not fit raises: a guard that is quietly absent woul
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guard.errors import UnsupportedModel
 from guard.probes.vllm.scheduling import NOTES, with_notes
-from guard.probes.vllm.support import attention_layers, check_engine, check_version
+from guard.probes.vllm.support import Layer, attention_layers, check_engine, check_version
 from guard.watch import Watch
+
+if TYPE_CHECKING:  # a process that is not guarded loads this module too, and should load little
+    from guard.gram import HeadGrams
+    from guard.kernels.paged import PagedRows
+    from guard.probes.vllm.probe import Observe, Probe
 
 PLUGIN = "headguard"
 WATCH_VARIABLE = "HEADGUARD_WATCH"
@@ -93,7 +97,7 @@ def _probe_made(initialize: Callable[..., Any]) -> Callable[..., Any]:
     return initialize_kv_cache
 
 
-def make_probe(runner: Any) -> Any:
+def make_probe(runner: Any) -> Probe:
     """The probe of a V1 model runner, with every attention layer's forward followed by its look.
 
     Raises UnsupportedModel for what cannot be measured.
@@ -110,17 +114,34 @@ def make_probe(runner: Any) -> Any:
         runner.max_model_len,
         on_cpu,
     )
-    kernel: Any = importlib.import_module(f"guard.kernels.{'cpu' if on_cpu else 'triton'}")
-    observe = partial(kernel.observe, workspace=kernel.Workspace())
     default = Watch.parse(os.environ.get(WATCH_VARIABLE, "{}"))
+    observe = _kernel(layers, runner.max_num_reqs, runner.dtype, runner.device)
     probe = Probe(layers, observe, runner.max_num_reqs, runner.max_model_len, default, runner.device)
-    kernel.warm_up(runner.dtype, layers[0].layout)
     for number, layer in enumerate(layers):
         _look_after(layer.module.impl, probe, number)
     return probe
 
 
-def _look_after(impl: Any, probe: Any, number: int) -> None:
+def _kernel(layers: Sequence[Layer], rows: int, dtype: Any, device: Any) -> Observe:
+    """The kernel that reads this worker's cache, warm, with scratch of its own."""
+    if device.type == "cpu":
+        from guard.kernels import cpu
+
+        cpu.warm_up(dtype, layers[0].layout)  # type: ignore[arg-type]
+        return partial(cpu.observe, workspace=cpu.Workspace())  # type: ignore[return-value]
+    from guard.kernels import triton
+
+    workspace = triton.Workspace(rows, layers[0].heads, device)
+
+    def observe(
+        planned: PagedRows, query: Any, kv_cache: Any, layout: str, scaling: float, bank: HeadGrams, layer: int
+    ) -> None:
+        triton.observe(planned, query, kv_cache, scaling, bank, layer, workspace)
+
+    return observe
+
+
+def _look_after(impl: Any, probe: Probe, number: int) -> None:
     forward, look = impl.forward, probe.look
 
     @wraps(forward)
