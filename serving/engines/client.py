@@ -15,6 +15,9 @@ import httpx
 
 from serving.events import Event, StreamBroken, read_events
 
+# Servers close idle connections after five seconds (uvicorn's default): one that may be closed any moment is not used.
+_IDLE_S = 2.0
+
 
 class EngineError(Exception):
     """The engine answered with an error. status: of HTTP; body: OpenAI-shaped."""
@@ -56,7 +59,7 @@ class EngineClient:
             transport=transport,
             timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)),
             # How many requests run at once is the engine's to limit; a pool would queue them silently.
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S),
             headers=dict(headers or {}),
             trust_env=False,
         )

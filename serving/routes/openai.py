@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serving.answer import Ask, RevisionLost, Streamed
@@ -144,7 +145,10 @@ def _check(kind: Literal["chat", "text"], body: dict[str, Any]) -> None:
 
 async def _answer(request: Request, kind: Literal["chat", "text"], caller: Caller) -> Response:
     gateway = gateway_of(request)
-    body = await _read(request)
+    try:
+        body = await _read(request)
+    except ClientDisconnect:
+        return Response(status_code=_CLIENT_GONE)
     _refuse_guard_fields(request, body)
     _check(kind, body)
     if gateway.in_flight.requests >= gateway.settings.max_concurrent_requests:

@@ -77,7 +77,8 @@ def environment(around: Mapping[str, str], key: str, sockets: Path, cpu: bool) -
         "PYTHONUNBUFFERED": "1",
         **({} if cpu else {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
     }
-    return {"VLLM_NO_USAGE_STATS": "1", **around, **ours}
+    # Idle connections are for the gateway to close: a server that closes them loses a request now and then.
+    return {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "300", **around, **ours}
 
 
 def around() -> dict[str, str]:
