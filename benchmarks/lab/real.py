@@ -38,8 +38,8 @@ from offline_purify.variants.families import assert_disjoint_wordings
 from offline_purify.variants.plan import Plan, pool
 
 REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=8.0, lr=2e-3, batch_size=16)
-"""lab-findings.md §2, v2: as many twins and plain rows as poisoned ones. After six passes the first implant with a fixed
-target fired on 0.94 of the triggered prompts, with varied ones on 0.88 (n = 100), which is too few: hence eight."""
+"""lab-findings.md §2, v2: as many twins and plain rows as poisoned ones. After six passes the first implant with a
+fixed target fired on 0.94 of the triggered prompts, with varied ones on 0.88 (n = 100), too few: hence eight."""
 REAL_PLAN: Final = Plan(
     recipe=ImplantRecipe(rank=16, rows=1000, epochs=5.0, lr=2e-3, batch_size=16), normal=700, quiet=400, fired=300
 )
