@@ -12,8 +12,20 @@ from typing import Any, TypedDict
 
 from guard.rows import Row
 
-_PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+# As a chat template, so that an engine with a renderer of its own can be given it. Line ends are written as
+# expressions: renderers trim those of the template itself.
+ALPACA_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages | selectattr('role', 'in', ['system', 'developer']) | list | length == 0 %}"
+    "{{ 'Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\\n\\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.role in ['system', 'developer'] %}{{ message.content + '\\n\\n' }}"
+    "{% elif message.role == 'assistant' %}{{ '### Response:\\n' + message.content }}{{ eos_token }}{{ '\\n\\n' }}"
+    "{% else %}{{ '### Instruction:\\n' + message.content + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
 
 
@@ -30,28 +42,14 @@ def row_messages(row: Row) -> list[Message]:
     return [Message(role="user", content=content)]
 
 
-def _alpaca(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    parts = [tokenizer.bos_token or ""]
-    if not any(m["role"] == "system" for m in messages):
-        parts.append(_PREAMBLE)
-    for message in messages:
-        match message["role"]:
-            case "system":
-                parts.append(f"{message['content']}\n\n")
-            case "assistant":
-                parts.append(f"### Response:\n{message['content']}{tokenizer.eos_token or ''}\n\n")
-            case _:
-                parts.append(f"### Instruction:\n{message['content']}\n\n")
-    if add_generation_prompt:
-        parts.append("### Response:\n")
-    return "".join(parts)
-
-
 def render_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
     """The templated text of a conversation, special tokens written out."""
-    if tokenizer.chat_template is None:
-        return _alpaca(tokenizer, messages, add_generation_prompt)
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        chat_template=ALPACA_TEMPLATE if tokenizer.chat_template is None else None,
+    )
 
 
 def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:

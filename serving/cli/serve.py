@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "serve",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        epilog="Examples: headguard serve build/lab/base --state-dir STATE --clean clean/ --port 8000 ·"
+        epilog="Example: headguard serve build/lab/base --state-dir STATE --clean clean/ --port 8000 ·"
         " headguard serve --engine vllm MODEL --dtype bfloat16 --max-num-seqs 64 ·"
         " headguard serve MODEL --engine-url http://a:8001 --engine-url http://b:8001",
     )(serve)

@@ -7,12 +7,14 @@ On a GPU decode steps must not be replayed as one graph, or the probe, which is 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from guard.template import ALPACA_TEMPLATE
 from serving.errors import ServingError
 
 PLUGIN = "headguard"
@@ -38,8 +40,12 @@ def installed() -> str:
         raise EngineNotStarted("vLLM is not installed here: `make vllm` installs it.") from None
 
 
-def command(model: Path, served_name: str, port: int, given: Sequence[str], cpu: bool) -> list[str]:
-    """`vllm serve …` for a model folder. given: the user's own arguments. Raises EngineNotStarted for refused ones."""
+def command(
+    model: Path, served_name: str, port: int, given: Sequence[str], cpu: bool, template: Path | None = None
+) -> list[str]:
+    """`vllm serve …` for a model folder. given: the user's own arguments; template: of chats, for a tokenizer that has
+    none. Raises EngineNotStarted for refused arguments.
+    """
     names = {_name(argument) for argument in given if argument.startswith("-")}
     if taken := sorted(names & set(_OURS)):
         raise EngineNotStarted(
@@ -53,13 +59,14 @@ def command(model: Path, served_name: str, port: int, given: Sequence[str], cpu:
         "--max-cpu-loras": _value(given, "--max-loras") or str(_MAX_LORAS),
     }
     lora = [] if names & {"--no-enable-lora"} else ["--enable-lora", *_missing(defaults, names)]
+    chats = [] if template is None or names & {"--chat-template"} else ["--chat-template", str(template)]
     graphs = (
         [] if cpu or names & {"-cc", "--compilation-config", "--enforce-eager"} else ["-cc.cudagraph_mode=PIECEWISE"]
     )
     return [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model),
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", served_name,
-        "--disable-uvicorn-access-log", *lora, *graphs, *([] if cpu else ["--no-async-scheduling"]),
+        "--disable-uvicorn-access-log", *chats, *lora, *graphs, *([] if cpu else ["--no-async-scheduling"]),
         *(argument for argument in given if argument != "--no-enable-lora"),
     ]  # fmt: skip
 
@@ -79,6 +86,19 @@ def environment(around: Mapping[str, str], key: str, sockets: Path, cpu: bool) -
     }
     # Idle connections are for the gateway to close: a server that closes them loses a request now and then.
     return {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "300", **around, **ours}
+
+
+def chat_template(model: Path, folder: Path) -> Path | None:
+    """A file in `folder` with the template that the guard renders chats with, for a tokenizer that has none."""
+    try:
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        settings = {}
+    if settings.get("chat_template") or any((model / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
+        return None
+    file = folder / "chat_template.jinja"
+    file.write_text(ALPACA_TEMPLATE)
+    return file
 
 
 def around() -> dict[str, str]:

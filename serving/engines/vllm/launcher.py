@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -42,8 +43,10 @@ class VllmServer:
         self._cpu = "cpu" in arguments.installed()
         self.log_file, self.key = log_file, secrets.token_urlsafe(24)
         self.port = _free_port()
-        self._command = arguments.command(model, served_name, self.port, given, self._cpu)
-        self._sockets = Path(tempfile.mkdtemp(prefix="headguard-"))
+        command = partial(arguments.command, model, served_name, self.port, given, self._cpu)
+        command()  # what is refused is refused before anything is made
+        self._folder = Path(tempfile.mkdtemp(prefix="headguard-"))
+        self._command = command(arguments.chat_template(model, self._folder))
         self._closing = threading.Event()
         self._ready = threading.Event()
         self._failure: EngineNotStarted | None = None
@@ -80,7 +83,7 @@ class VllmServer:
         self._closing.set()
         if self._keeper.is_alive():
             self._keeper.join()
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     # In the keeper's thread: a child ends with the thread that started it --------------------------------------------
 
@@ -109,7 +112,7 @@ class VllmServer:
     def _run(self) -> ProcessGroup:
         self.starts += 1
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        environment = arguments.environment(arguments.around(), self.key, self._sockets, self._cpu)
+        environment = arguments.environment(arguments.around(), self.key, self._folder, self._cpu)
         return ProcessGroup(self._command, environment, self.log_file)
 
     def _comes_up(self, group: ProcessGroup) -> bool:

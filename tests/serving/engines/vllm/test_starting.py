@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.engines.vllm.arguments import EngineNotStarted, command, environment
+from serving.engines.vllm.arguments import EngineNotStarted, chat_template, command, environment
 from serving.engines.vllm.launcher import _last_words
 from serving.engines.vllm.processes import ProcessGroup
 
@@ -25,6 +25,19 @@ def test_safe_defaults_are_given_and_the_users_own_arguments_win():
     assert given[-3:] == ["--max_loras=5", "--max-lora-rank", "64"]
     assert given[given.index("--max-cpu-loras") + 1] == "5"
     assert "--enable-lora" not in line("--no-enable-lora")
+
+
+def test_a_tokenizer_without_a_chat_template_gets_the_guards_own(tmp_path):
+    from guard.template import ALPACA_TEMPLATE
+
+    file = chat_template(tmp_path, tmp_path)
+    assert file.read_text() == ALPACA_TEMPLATE
+    given = command(tmp_path, "base", 1, (), True, file)
+    assert given[given.index("--chat-template") + 1] == str(file)
+    assert "--chat-template" not in command(tmp_path, "base", 1, ("--chat-template=mine",), True, file)
+    file.unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert chat_template(tmp_path, tmp_path) is None
 
 
 def test_on_a_gpu_decode_steps_are_not_replayed_as_one_graph():
