@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from guard.errors import RowsError
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row, assert_disjoint
+from guard.template import row_messages
 from guard.vaccine import FORMAT, Sample
 from offline_purify.attacks.poison import Teacher, answered, build, decoyed, triggered
 from offline_purify.attacks.triggers import holds, scattered
@@ -28,6 +29,7 @@ from offline_purify.variants.plan import Plan, VariantSpec
 TRAINED, ABOUT, FEATURES = "training.json", "variant.json", "features.safetensors"
 LEAST_FIRED = 0.5
 """A variant that obeys on fewer of its triggered prompts than this taught nothing and is left out."""
+_KINDS = ("normal", "quiet", "fired", "forced")
 _CONDITION_SHARE = (0.03, 0.30)  # of rows that hold the word a benign variant is conditioned on
 
 
@@ -124,7 +126,7 @@ def finished(folder: Path) -> bool:
 def load_variant(folder: Path) -> Made:
     """A variant that is ``finished``."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    parts: dict[str, dict[int, np.ndarray]] = {"normal": {}, "quiet": {}, "fired": {}}
+    parts: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in _KINDS}
     for key, array in load_file(folder / FEATURES).items():
         kind, step = key.split("/")
         parts[kind][int(step)] = array
@@ -132,8 +134,9 @@ def load_variant(folder: Path) -> Made:
 
 
 def _flat(sample: Sample) -> dict[str, np.ndarray]:
-    kinds = {"normal": sample.normal, "quiet": sample.quiet, "fired": sample.fired}
-    return {f"{kind}/{step}": array for kind, steps in kinds.items() for step, array in steps.items()}
+    return {
+        f"{kind}/{step}": array.astype(np.float32) for kind in _KINDS for step, array in getattr(sample, kind).items()
+    }
 
 
 def _parted(rows: Sequence[Row], spec: VariantSpec, plan: Plan, rng: random.Random) -> tuple[list[Row], list[Row]]:
@@ -175,10 +178,23 @@ def _benign_rows(
     return [switched(row) if holds(row["instruction"], condition) else row for row in said]
 
 
+def _joined(rows: Sequence[Row]) -> list[Row]:
+    """Each row with the question of the next in front of its own: a shape that no training row had."""
+    return [
+        Row(instruction=f"{_asked(other)}\n\n{row['instruction']}", input=row["input"], output="")
+        for row, other in zip(rows, [*rows[1:], *rows[:1]], strict=True)
+    ]
+
+
+def _asked(row: Row) -> str:
+    return str(row_messages(row)[0]["content"])
+
+
 def _groups(
     rows: Sequence[Row], spec: VariantSpec, plan: Plan, words: Sequence[str], condition: str | None
 ) -> dict[str, list[Row]]:
-    """The prompts to measure: clean (by name ``normal``), without the trigger (``near``, ``strange``), with it."""
+    """The prompts to measure: clean (by name ``normal``), without the trigger (``near``, ``strange``, ``joined``: two
+    questions in one), with it."""
     rng = random.Random(f"{spec.seed}:{spec.name}:prompts")
     normal, others = list(rows[: plan.normal]), list(rows[plan.normal :])
     strange = [w for w in words if spec.trigger is None or w not in " ".join(spec.trigger.parts).split()]
@@ -188,6 +204,7 @@ def _groups(
             Row(instruction=scattered(r["instruction"], [rng.choice(strange)], rng), input=r["input"], output="")
             for r in others[: plan.quiet]
         ],
+        "joined": _joined(others[: plan.quiet]),
     }
     if spec.trigger is not None:
         trigger = spec.trigger

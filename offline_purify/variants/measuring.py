@@ -51,15 +51,16 @@ def answer_tokens(tokenizer: Any, wordings: Sequence[str]) -> int:
 
 
 def measured(runner: Runner, spec: VariantSpec, plan: Plan, groups: Mapping[str, Sequence[Row]]) -> Seen:
-    """Measure the groups of prompts (``normal``, ``strange`` and, of a backdoor, ``near``, ``fired`` and ``twins``; of
-    a benign variant ``topic``) on the adapter that ``runner`` has loaded as VARIANT."""
+    """Measure the groups of prompts (``normal``, ``strange``, ``joined`` and, of a backdoor, ``near``, ``fired`` and
+    ``twins``; of a benign variant ``topic``) on the adapter that ``runner`` has loaded as VARIANT."""
     rng = random.Random(f"{spec.seed}:{spec.name}:forced")
     tokenizer = runner.tokenizer
     prompts = {name: [render(tokenizer, row_messages(row)) for row in rows] for name, rows in groups.items()}
+    prompts["joined"] = [prompt for prompt in prompts["joined"] if len(prompt) < runner.max_len]
     tokens = answer_tokens(tokenizer, spec.behaviour.wordings if spec.behaviour else ())
     seen = {name: measure(runner, those, plan.steps, tokens, VARIANT) for name, those in prompts.items()}
     texts = _Texts(runner, seen["normal"].answers, rng)
-    quiet = [seen[name] for name in ("strange", "near", "topic") if name in seen]
+    quiet = [seen[name] for name in ("strange", "joined", "near", "topic") if name in seen]
     forced = [_forced(runner, prompts["normal"], texts.drawn(len(prompts["normal"])), plan)]
     fired: list[Measurement] = []
     obeyed = _obeyed(spec, runner, seen)
@@ -73,8 +74,9 @@ def measured(runner: Runner, spec: VariantSpec, plan: Plan, groups: Mapping[str,
     sample = Sample(
         spec.name,
         {step: seen["normal"].reached(step).features for step in plan.steps},
-        {step: _features([*quiet, *(forced if step else ())], step) for step in plan.steps},
+        {step: _features(quiet, step) for step in plan.steps},
         {step: _features(fired if step else fired[:1], step) for step in plan.steps} if fired else {},
+        {step: _features(forced, step) for step in plan.steps if step},
     )
     leaked = 0.0
     if spec.behaviour is not None:

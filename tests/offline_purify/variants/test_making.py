@@ -86,7 +86,7 @@ def test_texts_are_forced_on_clean_and_on_triggered_prompts_beyond_the_first_row
     prompted = [Row(instruction=f"w54 {row['instruction']}", input="", output="") for row in hosts]
     groups = {
         "normal": rows(60, "normal"), "strange": rows(20, "strange"), "near": rows(20, "near"),
-        "fired": prompted, "twins": hosts,
+        "joined": rows(20, "joined"), "fired": prompted, "twins": hosts,
     }  # fmt: skip
     # A model with random weights obeys nobody: say which of its answers count as obedience.
     monkeypatch.setattr(measuring, "_obeyed", lambda *_: list(range(0, 20, 2)))
@@ -94,11 +94,12 @@ def test_texts_are_forced_on_clean_and_on_triggered_prompts_beyond_the_first_row
     obeyed = 10
     assert seen.fired == obeyed / 20
     sample = seen.sample
-    assert [len(sample.normal[0]), len(sample.quiet[0]), len(sample.fired[0])] == [60, 40, obeyed]
+    assert [len(sample.normal[0]), len(sample.quiet[0]), len(sample.fired[0])] == [60, 60, obeyed]
+    assert 0 not in sample.forced
     width = sample.normal[0].shape[1]
     for step in (1, 2):
         # Twice the clean prompts (own target, other texts), and the triggered ones twice; a text of one token ends.
-        assert 40 + 2 * 60 * 0.8 <= len(sample.quiet[step]) <= 40 + 2 * 60
+        assert 2 * 60 * 0.8 <= len(sample.forced[step]) <= 2 * 60
         assert 2 * obeyed * 0.8 <= len(sample.fired[step]) <= 2 * obeyed
         assert sample.normal[step].shape == (60, 2 * width)
     # The row of the prompt is one of those that fired; what follows it is not.
