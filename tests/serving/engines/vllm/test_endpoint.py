@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import httpx
 import pytest
@@ -133,6 +134,25 @@ async def test_several_answers_to_one_request_are_judged_as_the_worst_of_them(cl
     answer = await client.complete(PLAIN, {**body, "prompt": [best, worst], "headguard": guard})
     assert (answer["guard"]["status"], answer["guard"]["p_value"]) == ("flagged", min(values))
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "content_filter"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/responses", {"input": WORDS, "max_output_tokens": 6}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 6}),
+        ("/v1/completions", {"prompt": WORDS, "max_tokens": 6, "n": 2, "temperature": 1.0}),
+        ("/v1/chat/completions/batch", {"messages": [[{"role": "user", "content": WORDS}]], "max_tokens": 6}),
+    ],
+)
+async def test_every_entry_point_is_watched_and_stopped(client, adapters, path, asked):
+    await client.set_profile("base", str(adapters.profiles["base"]))
+    guard = {"window": "prefill", "alpha": FLAG_ALL, "stop": True}
+    answer = await client.complete(path, {"model": "base", **asked, "headguard": guard})
+    assert (answer["guard"]["status"], answer["guard"]["final"]) == ("flagged", True)
+    del answer["guard"]
+    assert not re.search(r"w\d+w\d+", json.dumps(answer))
+    assert (await client.complete(path, {"model": "base", **asked}))["guard"]["window"] == "all"
 
 
 async def test_a_client_that_hangs_up_ends_its_request_in_the_engine(client):

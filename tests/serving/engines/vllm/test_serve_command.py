@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,10 +24,13 @@ PROMPT = " ".join(f"w{i}" for i in range(3, 30))
 BODY = {"model": "support", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8, "temperature": 0}
 
 
-def command(base: Path, state: Path, port: int, *more: str) -> list[str]:
+VLLM = ("--engine", "vllm")
+
+
+def command(base: Path, state: Path, port: int, options: Sequence[str] = VLLM, more: Sequence[str] = ()) -> list[str]:
     return [
-        sys.executable, "-m", "serving", "serve", "--engine", "vllm", "--state-dir", str(state), "--port", str(port),
-        str(base), *ARGUMENTS, *more,
+        sys.executable, "-m", "serving", "serve", *options, "--state-dir", str(state), "--port", str(port), str(base),
+        *(ARGUMENTS if options is VLLM else ()), *more,
     ]  # fmt: skip
 
 
@@ -76,12 +79,18 @@ def shared_of(pids: list[int]) -> set[Path]:
 
 
 @contextmanager
-def serving(adapters: Adapters, state: Path) -> Iterator[tuple[House, subprocess.Popen[bytes]]]:
+def serving(
+    adapters: Adapters, state: Path, options: Sequence[str] = VLLM, **variables: str
+) -> Iterator[tuple[House, subprocess.Popen[bytes]]]:
     port = free_port()
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
     with open(state.with_suffix(".out"), "wb") as out:
         child = subprocess.Popen(
-            command(adapters.base, state, port), stdout=out, stderr=out, env=environment, start_new_session=True
+            command(adapters.base, state, port, options),
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -143,9 +152,20 @@ def test_a_killed_worker_is_noticed_the_engine_comes_back_filled_and_nothing_is_
         assert PROMPT not in log.read_text()
 
 
+def test_a_gateway_in_front_of_an_engine_that_runs_already_leaves_it_running(adapters, served, tmp_path):
+    options = ["--engine-url", served.url]
+    with serving(adapters, tmp_path / "state", options, HEADGUARD_ENGINE_KEY=served.key) as (house, child):
+        assert house.call(None, "GET", "/ready").status_code == 200
+        answer = house.ok("client", "POST", "/v1/chat/completions", json={**BODY, "model": "base"})
+        assert answer["guard"]["reason"] == "no_profile"
+    assert child.returncode == 128 + signal.SIGTERM
+    assert served.pids()
+    assert _alive(served.url)
+
+
 def test_an_engine_that_cannot_start_is_one_clear_message(adapters, tmp_path):
     run = subprocess.run(
-        command(adapters.base, tmp_path / "state", free_port(), "--max-model-len", "100000"),
+        command(adapters.base, tmp_path / "state", free_port(), more=("--max-model-len", "100000")),
         capture_output=True, text=True, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
     )  # fmt: skip
     assert run.returncode == 1
@@ -158,7 +178,7 @@ def test_an_engine_that_cannot_start_is_one_clear_message(adapters, tmp_path):
 
 
 def test_arguments_for_vllm_need_vllm(adapters, tmp_path):
-    wrong = [a for a in command(adapters.base, tmp_path / "state", 1) if a not in ("--engine", "vllm")]
+    wrong = command(adapters.base, tmp_path / "state", 1, options=(), more=ARGUMENTS)
     run = subprocess.run(wrong, capture_output=True, text=True)
     assert run.returncode == 2
     assert "--dtype" in run.stderr
