@@ -6,5 +6,7 @@ verdicts the scheduler's way.
     probe.py      one worker's probe: the plan of a step, the rows, the readings, the notes
     requests.py   a watched request, from its first chunk of prompt to its verdict
     scheduling.py notes on their way out, and requests that are stopped
-    measure.py    many prompts through an engine in this process: what calibration needs
+    recorded.py   what a worker recorded, on its way between processes
+    measure.py    many prompts through vLLM offline
+    calibrate.py  clean prompts in, a profile for vLLM out
 """

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from guard.errors import GuardError, UnsupportedModel
-from guard.gram import HeadSums
 from guard.probes.transformers.measure import Progress
 from guard.probes.vllm.plugin import PLUGIN
 from guard.probes.vllm.probe import FIELD
+from guard.probes.vllm.recorded import readings_of
 from guard.probes.vllm.support import check_version
-from guard.readings import CHECKPOINTS, Measurement, Readings
+from guard.readings import CHECKPOINTS, Measurement
 
-Recorded = Mapping[int, Sequence[tuple[int, HeadSums, tuple[float, ...]]]]
 _TOGETHER = 256
 _PATIENCE_S = 60.0
 
@@ -120,38 +118,5 @@ class OfflineEngine:
                     progress(len(answers), len(prompts))
         finally:
             self.llm.collective_rpc("headguard_record", args=(None,))
-        at = {step: _readings(step, parts) for step in steps}
+        at = {step: readings_of(step, parts) for step in steps}
         return Measurement(np.asarray([len(p) for p in prompts], dtype=np.int64), answers, at)
-
-
-def arrays_of(recorded: Recorded) -> dict[str, np.ndarray]:
-    """What a worker recorded as plain arrays: `STEP/{index,gram,sink,logprobs,focus,focus_len}`."""
-    by_step: dict[int, list[tuple[int, HeadSums, tuple[float, ...]]]] = {}
-    for index in sorted(recorded):
-        for step, sums, logprobs in recorded[index]:
-            by_step.setdefault(step, []).append((index, sums, logprobs))
-    arrays: dict[str, np.ndarray] = {}
-    for step, rows in by_step.items():
-        arrays[f"{step}/index"] = np.asarray([index for index, *_ in rows], dtype=np.int64)
-        arrays[f"{step}/gram"] = torch.stack([sums.gram for _, sums, _ in rows]).numpy()
-        arrays[f"{step}/sink"] = torch.stack([sums.sink for _, sums, _ in rows]).numpy()
-        arrays[f"{step}/logprobs"] = np.asarray([logprobs for *_, logprobs in rows], dtype=np.float64)
-        arrays[f"{step}/focus"] = torch.cat([sums.focus for _, sums, _ in rows]).numpy()
-        arrays[f"{step}/focus_len"] = np.asarray([len(sums.focus) for _, sums, _ in rows], dtype=np.int64)
-    return arrays
-
-
-def _readings(step: int, parts: Sequence[dict[str, np.ndarray]]) -> Readings:
-    found = [part for part in parts if f"{step}/index" in part]
-    if not found:
-        return Readings(step, np.zeros(0, dtype=np.int64), torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0),
-                        np.zeros((0, step + 1)), [])  # fmt: skip
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([part[f"{step}/{name}"] for part in found])
-
-    edges = np.cumsum(joined("focus_len"))[:-1]
-    return Readings(
-        step, joined("index"), torch.from_numpy(joined("gram")), torch.from_numpy(joined("sink")), joined("logprobs"),
-        np.split(joined("focus"), edges),
-    )  # fmt: skip

@@ -257,7 +257,7 @@ def headguard_recorded(self: Any, path: str) -> None:
     """Write what was recorded since the last call to an .npz file at `path`, and forget it."""
     import numpy as np
 
-    from guard.probes.vllm.measure import arrays_of
+    from guard.probes.vllm.recorded import arrays_of
 
     probe = self.model_runner.headguard
     recorded, probe.recorded = probe.recorded or {}, {}

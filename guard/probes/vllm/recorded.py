@@ -1,0 +1,48 @@
+"""What a worker recorded, as plain arrays on the way between processes: sums by step, one file per batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from guard.gram import HeadSums
+from guard.readings import Readings
+
+Recorded = Mapping[int, Sequence[tuple[int, HeadSums, tuple[float, ...]]]]
+"""Request to what was read of it: step, sums and log-probabilities (nats)."""
+
+
+def arrays_of(recorded: Recorded) -> dict[str, np.ndarray]:
+    """What a worker recorded as plain arrays: `STEP/{index,gram,sink,logprobs,focus,focus_len}`."""
+    by_step: dict[int, list[tuple[int, HeadSums, tuple[float, ...]]]] = {}
+    for index in sorted(recorded):
+        for step, sums, logprobs in recorded[index]:
+            by_step.setdefault(step, []).append((index, sums, logprobs))
+    arrays: dict[str, np.ndarray] = {}
+    for step, rows in by_step.items():
+        arrays[f"{step}/index"] = np.asarray([index for index, *_ in rows], dtype=np.int64)
+        arrays[f"{step}/gram"] = torch.stack([sums.gram for _, sums, _ in rows]).numpy()
+        arrays[f"{step}/sink"] = torch.stack([sums.sink for _, sums, _ in rows]).numpy()
+        arrays[f"{step}/logprobs"] = np.asarray([logprobs for *_, logprobs in rows], dtype=np.float64)
+        arrays[f"{step}/focus"] = torch.cat([sums.focus for _, sums, _ in rows]).numpy()
+        arrays[f"{step}/focus_len"] = np.asarray([len(sums.focus) for _, sums, _ in rows], dtype=np.int64)
+    return arrays
+
+
+def readings_of(step: int, parts: Sequence[dict[str, np.ndarray]]) -> Readings:
+    """The readings of one step in arrays that workers wrote, batch by batch."""
+    found = [part for part in parts if f"{step}/index" in part]
+    if not found:
+        return Readings(step, np.zeros(0, dtype=np.int64), torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0),
+                        np.zeros((0, step + 1)), [])  # fmt: skip
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([part[f"{step}/{name}"] for part in found])
+
+    edges = np.cumsum(joined("focus_len"))[:-1]
+    return Readings(
+        step, joined("index"), torch.from_numpy(joined("gram")), torch.from_numpy(joined("sink")), joined("logprobs"),
+        np.split(joined("focus"), edges),
+    )  # fmt: skip
