@@ -28,11 +28,14 @@ def _one_thread():
 
 @dataclass(frozen=True)
 class Files:
-    """A base folder, adapter folders by revision name, and the base's profile."""
+    """A base folder, adapter folders by revision name, and the base's profile; ``late`` is another one of its, whose
+    signal goes on reading after the first checkpoint.
+    """
 
     base: Path
     adapters: dict[str, Path]
     profile: Path
+    late: Path
 
     @property
     def a(self) -> str:
@@ -56,8 +59,11 @@ def files(tmp_path_factory) -> Files:
     prompts = prompts_of([6 + i % 24 for i in range(240)], seed=99)
     measurement = measure(runner, prompts, checkpoints=(0, 1, 2, 4, 8))
     profile = root / "profile.safetensors"
-    fit_profile(measurement, served_key(runner, base_digest(base), None)).save(profile)
-    return Files(base, adapters, profile)
+    key = served_key(runner, base_digest(base), None)
+    fit_profile(measurement, key).save(profile)
+    late = root / "late.safetensors"
+    fit_profile(measurement, key, signals=("p99",)).save(late)
+    return Files(base, adapters, profile, late)
 
 
 @pytest.fixture

@@ -86,7 +86,8 @@ async def test_a_flagged_request_is_stopped_at_that_very_step_without_its_token(
     assert end == Finished("content_filter", "", 12, 0)
 
 
-async def test_an_answer_flagged_later_keeps_the_tokens_before_the_verdict(engine):
+async def test_an_answer_flagged_later_keeps_the_tokens_before_the_verdict(engine, files):
+    engine.books.set_profile(None, files.late)
     # At a false-alarm rate this high some request is flagged after its first tokens, as its running maximum grows.
     prompts = prompts_of([12 + i % 8 for i in range(40)], seed=5)
     answers = await asyncio.gather(

@@ -24,7 +24,7 @@ PROMPTS = [f"{SHARED} w{i} w{i + 1}" for i in range(3)] + [
 
 def body_of(model, prompt, **more):
     messages = [{"role": "user", "content": prompt}]
-    return {"model": model, "messages": messages, "max_tokens": 16, "temperature": 0, **more}
+    return {"model": model, "messages": messages, "max_tokens": 10, "temperature": 0, **more}
 
 
 async def alone(served, adapters, names, prompts=PROMPTS):
