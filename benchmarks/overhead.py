@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from guard.calibration import fit_profile
 from guard.probes.vllm.measure import OfflineEngine
 from guard.probes.vllm.probe import FIELD
+from guard.probes.vllm.support import ENGINE
 from guard.profile import NO_ADAPTER, ProfileKey
 from guard.readings import Measurement, Readings, checkpoints_within
 from guard.verdict import Window
@@ -142,7 +143,7 @@ def _measure(
             bar("calibration", 0, 1)
             clean = _copied(guarded.measure(prompts(DRAWN), steps, last), seed)
             status = guarded.status()
-            key = ProfileKey("0" * 64, NO_ADAPTER, "vllm", status["dtype"], status["key"])
+            key = ProfileKey("0" * 64, NO_ADAPTER, ENGINE, status["dtype"], status["key"])
             profile = fit_profile(clean, key, seed=seed)
             profile.save(folder / "profile.safetensors")
             seconds = _interleaved(stock, guarded, folder / "profile.safetensors", profile.smallest_alpha(window),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from guard.errors import GuardError
 from guard.profile import Profile
 from guard.verdict import Window
 
+WATCH_VARIABLE = "HEADGUARD_WATCH"
+"""Environment variable with the watch (JSON, as `Watch.parse` takes it) of requests that carry none."""
 DEFAULT_ALPHA = 0.05
 """Asked for no alpha, an engine tests at this false-alarm rate, or at the finest that the calibration supports."""
 
@@ -42,6 +45,11 @@ class Watch:
                 "a request's watch is not understood: expected window 'prefill', 'all' or a number of tokens, alpha "
                 "between 0 and 1 or none, stop true or false, fail 'open' or 'closed'."
             ) from error
+
+
+def default_watch() -> Watch:
+    """The watch of requests that carry none, from the environment. Raises GuardError if it is not understood."""
+    return Watch.parse(os.environ.get(WATCH_VARIABLE, "{}"))
 
 
 class Watcher:

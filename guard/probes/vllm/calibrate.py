@@ -17,13 +17,12 @@ from guard.fitting import profile_of, unique_rows
 from guard.identity import base_digest
 from guard.probes.transformers.measure import Progress
 from guard.probes.vllm.measure import OfflineEngine
+from guard.probes.vllm.support import ENGINE
 from guard.profile import NO_ADAPTER, Profile, ProfileKey
 from guard.readings import Measurement, checkpoints_within
 from guard.rows import Row
 from guard.template import render, row_messages
 from guard.vaccine import Vaccine
-
-ENGINE = "vllm"
 
 
 class Calibrator:

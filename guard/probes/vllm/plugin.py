@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from guard.errors import UnsupportedModel
 from guard.probes.vllm.scheduling import NOTES, with_notes
 from guard.probes.vllm.support import Layer, attention_layers, check_engine, check_version
-from guard.watch import Watch
+from guard.watch import default_watch
 
 if TYPE_CHECKING:  # a process that is not guarded loads this module too, and should load little
     from guard.gram import HeadGrams
@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # a process that is not guarded loads this module too, and sh
     from guard.probes.vllm.probe import Observe, Probe
 
 PLUGIN = "headguard"
-WATCH_VARIABLE = "HEADGUARD_WATCH"
 _PATCHED = "_headguard"
 
 
@@ -114,9 +113,8 @@ def make_probe(runner: Any) -> Probe:
         runner.max_model_len,
         on_cpu,
     )
-    default = Watch.parse(os.environ.get(WATCH_VARIABLE, "{}"))
     observe = _kernel(layers, runner.max_num_reqs, runner.dtype, runner.device)
-    probe = Probe(layers, observe, runner.max_num_reqs, runner.max_model_len, default, runner.device)
+    probe = Probe(layers, observe, runner.max_num_reqs, runner.max_model_len, default_watch(), runner.device)
     for number, layer in enumerate(layers):
         _look_after(layer.module.impl, probe, number)
     return probe

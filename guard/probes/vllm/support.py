@@ -11,6 +11,8 @@ from typing import Any
 
 from guard.errors import UnsupportedModel
 
+ENGINE = "vllm"
+"""As profiles name it."""
 VERSION = "0.32.0"
 
 

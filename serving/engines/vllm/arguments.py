@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from guard.probes.vllm.plugin import PLUGIN
 from guard.template import ALPACA_TEMPLATE
+from guard.watch import WATCH_VARIABLE
 from serving.errors import ServingError
 
-PLUGIN = "headguard"
 # Live, new and draining revisions of two names, and a slot that a CPU needs free.
 _MAX_LORAS = 8
 # PEFT's common ranks; a larger one costs memory in every slot.
@@ -103,7 +104,7 @@ def chat_template(model: Path, folder: Path) -> Path | None:
 
 def around() -> dict[str, str]:
     """This process's environment without what is meant for the gateway."""
-    return {name: value for name, value in os.environ.items() if name == "HEADGUARD_WATCH" or not _gateways(name)}
+    return {name: value for name, value in os.environ.items() if name == WATCH_VARIABLE or not _gateways(name)}
 
 
 def _gateways(name: str) -> bool:

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from guard.errors import UnsupportedModel
 from guard.identity import base_digest
-from guard.watch import Watch
+from guard.watch import default_watch
 from serving.engines.administration import administration, install_refusals
 from serving.engines.vllm.engine import VllmEngine
 from serving.engines.vllm.middleware import GuardMiddleware
@@ -68,7 +68,7 @@ class HeadguardEndpoint:
             digest,
             workers[0],
             lora_slots(engine_client.vllm_config),
-            Watch.parse(os.environ.get("HEADGUARD_WATCH", "{}")),
+            default_watch(),
             tuple(key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key),
         )
 

@@ -19,6 +19,7 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadL
 from guard.adapters import inspect_adapter
 from guard.errors import AdapterRejected
 from guard.identity import adapter_digest, parse_revision
+from guard.probes.vllm.support import ENGINE
 from guard.profile import NO_ADAPTER, Profile, ProfileKey
 from guard.watch import Watch
 from serving.engines.revisions import RevisionBooks
@@ -26,7 +27,6 @@ from serving.engines.vllm.exchange import Hold
 from serving.engines.vllm.tap import Tap
 from serving.errors import Conflict, Unavailable
 
-ENGINE = "vllm"
 # A worker that does not answer for this long does not answer.
 _RPC_TIMEOUT_S = 60.0
 
