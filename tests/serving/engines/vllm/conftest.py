@@ -22,7 +22,7 @@ from tests.guard.probes.transformers.models import prompts_of
 from tests.serving.engines.vllm.weights import save_adapter, save_base
 from tests.serving.house import House, open_house
 
-ARGUMENTS = ("--dtype", "float32", "--max-model-len", "200", "--max-num-seqs", "32", "--max-lora-rank", "8")
+ARGUMENTS = ("--dtype", "float32", "--max-model-len", "1000", "--max-num-seqs", "32", "--max-lora-rank", "8")
 STEPS = (0, 1, 2, 4, 8)
 
 
@@ -63,7 +63,7 @@ def make_adapters(root: Path) -> Adapters:
 
     base = save_base(root / "base")
     folders = {name: save_adapter(root / name, seed) for seed, name in enumerate(("first", "second", "third"), 1)}
-    engine = OfflineEngine(base, lora_rank=8, max_loras=4, max_model_len=200, max_num_seqs=32, generation_config="vllm")
+    engine = OfflineEngine(base, lora_rank=8, max_loras=4, max_model_len=1000, max_num_seqs=32, generation_config="vllm")
     prompts = prompts_of([8 + i % 56 for i in range(240)], seed=99)
     profiles = {}
     try:

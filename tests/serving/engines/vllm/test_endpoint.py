@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from contextlib import aclosing
 
 import httpx
 import pytest
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.slow
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 WORDS = "w3 w14 w15 w9 w26 w5 w35 w8"
 OTHERS = [" ".join(f"w{(7 * i + j * j) % 54}" for j in range(12)) for i in range(16)]
+# An answer that is still being written when its client has looked at the engine and changed its mind.
+LONG = {"max_tokens": 900, "ignore_eos": True}
 # Next to any p-value is below this, so that every scored request is flagged.
 FLAG_ALL = 0.98
 
@@ -156,15 +159,16 @@ async def test_every_entry_point_is_watched_and_stopped(client, adapters, path, 
 
 
 async def test_a_client_that_hangs_up_ends_its_request_in_the_engine(client):
-    events = client.stream(CHAT, chat(stream=True, max_tokens=180))
-    [await anext(events) for _ in range(4)]
-    assert (await client.status())["running"] == 1
-    await events.aclose()
+    began = (await client.status())["steps"]
+    async with aclosing(client.stream(CHAT, chat(stream=True, **LONG))) as events:
+        [await anext(events) for _ in range(4)]
+        assert (await client.status())["running"] == 1
     await settled(client, lambda s: s["running"] == 0 and not s["revisions"][0]["in_flight"])
-    whole = asyncio.create_task(client.complete(CHAT, chat(max_tokens=180)))
+    whole = asyncio.create_task(client.complete(CHAT, chat(**LONG)))
     await settled(client, lambda s: s["running"] == 1)
     whole.cancel()
-    await settled(client, lambda s: s["running"] == 0 and not s["revisions"][0]["in_flight"])
+    ended = await settled(client, lambda s: s["running"] == 0 and not s["revisions"][0]["in_flight"])
+    assert 0 < ended["steps"] - began < LONG["max_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ async def test_bad_administration_is_refused_and_changes_nothing(client, adapter
 async def test_an_unload_while_a_stream_runs_is_a_conflict_and_the_stream_goes_on(client, adapters):
     first = adapters.revision("first")
     await client.load(first, str(adapters.folders["first"]))
-    events = client.stream(CHAT, chat(model=first, stream=True, max_tokens=150))
+    events = client.stream(CHAT, chat(model=first, stream=True, **LONG))
     await anext(events)
     with pytest.raises(EngineError) as refused:
         await client.unload(first)
@@ -260,7 +264,7 @@ async def test_an_unload_while_a_stream_runs_is_a_conflict_and_the_stream_goes_o
     drained = asyncio.create_task(client.unload(first, drain_s=60))
     rest = [event async for event in events]
     assert isinstance(rest[-1], Done)
-    assert len(chunks_of(rest)) >= 150
+    assert len(chunks_of(rest)) >= LONG["max_tokens"]
     await drained
 
 

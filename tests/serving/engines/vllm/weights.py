@@ -12,7 +12,7 @@ from tests.guard.probes.transformers.models import build
 from tests.guard.probes.transformers.text import save_model
 
 # Heads of 32 are the narrowest that vLLM's CPU attention knows.
-SHAPE = {"head_dim": 32, "max_position_embeddings": 256}
+SHAPE = {"head_dim": 32, "max_position_embeddings": 1024}
 
 
 def save_base(folder: Path) -> Path:

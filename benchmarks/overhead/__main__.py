@@ -1,23 +1,24 @@
 """What the guard costs a serving engine: guard off, attached but idle, and watching, interleaved in one run.
 
-Two engines of the same model stand side by side: vLLM as it comes, and vLLM with the plugin. Every repetition runs the
-same batch through each arm, the order turned round from one repetition to the next, so that whatever else the machine
-does falls on all of them; what is reported is the median of the ratios within repetitions, with its bootstrap interval.
+Three engines of one model stand side by side, and take their steps in turns:
 
     off     stock vLLM                       idle    plugin attached, nobody watched
     watched every request read up to the window, its verdict computed with a real profile
+
+So whatever else the machine does falls on all of them alike. Every repetition is one batch from its prefill to its last
+token. A step takes what it took in the median repetition, an arm the sum over its steps; what is reported is the ratio
+of these sums, with its bootstrap interval over repetitions. The plain ratio of all seconds stands beside it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,8 +29,8 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.overhead.arms import Arm, arms
 from guard.calibration import fit_profile
-from guard.probes.vllm.measure import OfflineEngine
 from guard.probes.vllm.probe import FIELD
 from guard.probes.vllm.support import ENGINE
 from guard.profile import NO_ADAPTER, ProfileKey
@@ -82,7 +83,8 @@ def main(
     new: Annotated[int, typer.Option(help="New tokens per request.", min=2)] = 128,
     window: Annotated[str, typer.Option(help="What is watched: prefill, a number of tokens, or all.")] = "prefill",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    repeats: Annotated[int, typer.Option(help="Repetitions of all arms.", min=2)] = 9,
+    repeats: Annotated[int, typer.Option(help="Repetitions of all arms, after one that warms up.", min=2)] = 5,
+    threads: Annotated[int, typer.Option(help="Threads of an engine; 0: all cores but one, as vLLM does.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Prompts and weights follow from it.")] = 0,
 ) -> None:
     """Throughput lost to the guard, as ratios within one run."""
@@ -90,16 +92,17 @@ def main(
         raise typer.BadParameter(f"unknown shape {shape!r}: expected {' or '.join(SHAPES)}.", param_hint="--shape")
     if window not in ("prefill", "all") and not window.isdigit():
         raise typer.BadParameter("expected prefill, all or a number of tokens.", param_hint="--window")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a stopped run leaves no engine behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a stopped run takes its engines with it
+    threads = threads or max(1, (os.cpu_count() or 1) - 1)
     watched: Window = int(window) if window.isdigit() else window  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, ProgressBar() as bar:
         base = Path(folder) / "base"
         _save_model(base, SHAPES[shape], prompt + new, seed)
-        told = _measure(base, Path(folder), watched, batch, prompt, new, dtype, repeats, seed, bar)
+        told = _measure(base, Path(folder), watched, batch, prompt, new, dtype, repeats, threads, seed, bar)
     told = {
         "engine": engine.value, "shape": shape, "parameters": told.pop("parameters"), "dtype": dtype, "batch": batch,
         "prompt_tokens": prompt, "new_tokens": new, "window": watched, "repeats": repeats, "seed": seed,
-        "device": "cuda" if torch.cuda.is_available() else "cpu", **told,
+        "device": "cuda" if torch.cuda.is_available() else "cpu", "threads": threads, **told,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -121,8 +124,8 @@ def _save_model(folder: Path, shape: Model, tokens: int, seed: int) -> None:
 
 
 def _measure(
-    base: Path, folder: Path, window: Window, batch: int, prompt: int, new: int, dtype: str, repeats: int, seed: int,
-    bar: ProgressBar,
+    base: Path, folder: Path, window: Window, batch: int, prompt: int, new: int, dtype: str, repeats: int, threads: int,
+    seed: int, bar: ProgressBar,
 ) -> dict[str, Any]:  # fmt: skip
     rng = random.Random(seed)
     vocabulary = json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"]
@@ -130,36 +133,40 @@ def _measure(
         "skip_tokenizer_init": True, "max_model_len": prompt + new, "max_num_seqs": batch, "seed": seed,
         "enable_prefix_caching": False, "max_num_batched_tokens": max(2048, prompt + new),
     }  # fmt: skip
+    if torch.cuda.is_available():
+        options |= {"enforce_eager": False, "gpu_memory_utilization": 0.25}
 
     def prompts(n: int) -> list[list[int]]:
         return [[rng.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(n)]
 
-    stock = OfflineEngine(base, dtype, guarded=False, **options)
-    try:
-        guarded = OfflineEngine(base, dtype, **options)
-        try:
-            last = new if window == "all" else 1 if window == "prefill" else int(window) + 1
-            steps = checkpoints_within(last)
-            bar("calibration", 0, 1)
-            clean = _copied(guarded.measure(prompts(DRAWN), steps, last), seed)
-            status = guarded.status()
-            key = ProfileKey("0" * 64, NO_ADAPTER, ENGINE, status["dtype"], status["key"])
-            profile = fit_profile(clean, key, seed=seed)
-            profile.save(folder / "profile.safetensors")
-            seconds = _interleaved(stock, guarded, folder / "profile.safetensors", profile.smallest_alpha(window),
-                                   window, prompts, batch, new, repeats, bar)  # fmt: skip
-            status = guarded.status()
-        finally:
-            guarded.close()
-    finally:
-        stock.close()
-    tokens = batch * new
+    bar("engines and a profile", 0, 1)
+    with arms(base, dtype, threads, options) as engines:
+        watched = engines["watched"]
+        last = new if window == "all" else 1 if window == "prefill" else int(window) + 1
+        clean = _copied(watched.measure(prompts(DRAWN), checkpoints_within(last), last), seed)
+        status = watched.status()
+        key = ProfileKey("0" * 64, NO_ADAPTER, ENGINE, status["dtype"], status["key"])
+        profile = fit_profile(clean, key, seed=seed)
+        profile.save(folder / "profile.safetensors")
+        watched.set_profile(folder / "profile.safetensors")
+        watch = {"window": window, "alpha": profile.smallest_alpha(window), "stop": False, "fail": "open"}
+        bar("engines and a profile", 1, 1)
+        runs = []
+        for repeat in range(repeats + 1):
+            runs.append(_repetition(engines, prompts(batch), new, {FIELD: watch}, rng))
+            bar("repetitions", repeat + 1, repeats + 1)
+        status = watched.status()
+    seconds = {arm: np.asarray([run[arm] for run in runs[1:]]) for arm in engines}  # the first one warms up
+    typical = {arm: np.median(took, axis=0) for arm, took in seconds.items()}
     return {
         "parameters": int(_parameters(base)),
         "throughput_loss": _loss(seconds["off"], seconds["watched"]),
         "idle_loss": _loss(seconds["off"], seconds["idle"]),
-        "tokens_per_second": {arm: tokens / statistics.median(took) for arm, took in seconds.items()},
-        "seconds": seconds,
+        "tokens_per_second": {arm: batch * new / took.sum() for arm, took in typical.items()},
+        "prefill_s": {arm: took[0] for arm, took in typical.items()},
+        "decode_step_s": {arm: float(np.median(took[1:])) for arm, took in typical.items()},
+        "seconds": {arm: took.sum(axis=1).tolist() for arm, took in seconds.items()},
+        "steps": len(runs[0]["off"]),
         "rows_watched": status["planned_rows"],
         "rows_seen": status["seen_rows"],
         "checkpoints": list(profile.within(window)),
@@ -185,44 +192,34 @@ def _copied(drawn: Measurement, seed: int) -> Measurement:
     return Measurement(np.tile(drawn.prompt_len, COPIES), [a for _ in range(COPIES) for a in drawn.answers], at)
 
 
-def _interleaved(
-    stock: OfflineEngine, guarded: OfflineEngine, profile: Path, alpha: float, window: Window, prompts: Any,
-    batch: int, new: int, repeats: int, bar: ProgressBar,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of each arm's runs; the first repetition warms up and is thrown away."""
-    from vllm import SamplingParams
-
-    watch = {FIELD: {"window": window, "alpha": alpha, "stop": False, "fail": "open"}}
-
-    def run(engine: OfflineEngine, asked: Sequence[Sequence[int]], extra: dict[str, Any] | None) -> float:
-        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=extra)
-        began = time.perf_counter()
-        engine.llm.generate([{"prompt_token_ids": list(p)} for p in asked], params, use_tqdm=False)
-        return time.perf_counter() - began
-
-    seconds: dict[str, list[float]] = {"off": [], "idle": [], "watched": []}
-    for repeat in range(repeats + 1):
-        asked = prompts(batch)
-        arms = ["off", "idle", "watched"]
-        for arm in arms if repeat % 2 else arms[::-1]:
-            if arm == "off":
-                took = run(stock, asked, None)
-            else:
-                path = str(profile) if arm == "watched" else None
-                guarded.llm.collective_rpc("headguard_set_profile", args=("", path))
-                took = run(guarded, asked, watch if arm == "watched" else None)
-            if repeat:
-                seconds[arm].append(took)
-        bar("repetitions", repeat + 1, repeats + 1)
+def _repetition(
+    engines: Mapping[str, Arm], prompts: Sequence[Sequence[int]], new: int, watch: dict[str, Any], rng: random.Random
+) -> dict[str, list[float]]:
+    """Seconds of every step of one batch, by arm; who goes first is drawn anew for each step."""
+    for name, arm in engines.items():
+        arm.add(prompts, new, watch if name == "watched" else None)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    while True:
+        took = {name: engines[name].step() for name in rng.sample(sorted(engines), len(engines))}
+        if None in took.values():
+            break
+        for name, step in took.items():
+            seconds[name].append(step)  # type: ignore[arg-type]
     return seconds
 
 
-def _loss(off: Sequence[float], on: Sequence[float]) -> dict[str, Any]:
-    """Throughput off / on - 1, median over repetitions, with its 95 % bootstrap interval and the range seen."""
-    figure = bootstrap([off, on], lambda a, b: np.median(b / a, axis=-1) - 1)
+def _loss(off: np.ndarray, on: np.ndarray) -> dict[str, Any]:
+    """Throughput off / on - 1 of seconds [repetition, step], with its 95 % bootstrap interval over repetitions, and the
+    ratio of all seconds as ``plain``."""
+
+    def ratio(drawn: np.ndarray) -> np.ndarray:
+        rows = drawn.astype(int)
+        off_s, on_s = (np.median(seconds[rows], axis=-2).sum(axis=-1) for seconds in (off, on))
+        return on_s / off_s - 1
+
+    figure = bootstrap([range(len(off))], ratio)
     assert figure is not None
-    each = [b / a - 1 for a, b in zip(off, on, strict=True)]
-    return {**figure.model_dump(), "least": min(each), "most": max(each)}
+    return {**figure.model_dump(), "plain": float(on.sum() / off.sum() - 1)}
 
 
 def _parameters(base: Path) -> int:

@@ -1,0 +1,1 @@
+"""What the guard costs a serving engine, as ratios within one run."""
