@@ -43,7 +43,7 @@ class Reading:
 @dataclass(frozen=True)
 class Readings:
     """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H] and sink [n, L, H] fp32,
-    logprobs [n, step + 1], focus: n vectors [T_p] fp32."""
+    logprobs [n, step + 1], focus: n vectors [T_p] fp32; first: the same requests at step 0 (beyond it, where known)."""
 
     step: int
     index: np.ndarray
@@ -51,6 +51,18 @@ class Readings:
     sink: torch.Tensor
     logprobs: np.ndarray
     focus: list[np.ndarray]
+    first: Readings | None = None
+
+    @property
+    def opening(self) -> Readings:
+        """These requests at the last prompt position, before any token: all that their own text cannot have changed.
+
+        Raises ValueError beyond step 0 when it is not known (`Measurement.reached` knows it)."""
+        if self.step == 0:
+            return self
+        if self.first is None:
+            raise ValueError(f"readings at step {self.step} without those of the same requests at step 0")
+        return self.first
 
     @cached_property
     def cosines(self) -> np.ndarray:
@@ -59,12 +71,20 @@ class Readings:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """Everything the multivariate signals see, float64 [n, F]: see `guard.features`."""
-        return head_features(self.cosines, self.gram, self.sink, self.step + 1)
+        """Everything the multivariate signals see, float64: see `guard.features`.
+
+        [n, F] of the row of the last prompt position; beyond step 0 those and, beside them, the same of the generated
+        rows alone, [n, 2 F]. Apart, because a sum of both lets the text drown what the prompt did. ValueError as
+        ``opening``."""
+        if self.step == 0:
+            return head_features(self.cosines, self.gram, self.sink, 1)
+        before = self.opening
+        gram, sink = self.gram - before.gram, self.sink - before.sink
+        return np.concatenate((before.features, head_features(pair_cosines(gram), gram, sink, self.step)), axis=1)
 
     @classmethod
-    def single(cls, reading: Reading) -> Readings:
-        """One request's reading as a batch of one."""
+    def single(cls, reading: Reading, first: Reading | None = None) -> Readings:
+        """One request's reading as a batch of one, beside its reading at step 0."""
         return cls(
             reading.step,
             np.zeros(1, dtype=np.int64),
@@ -72,6 +92,7 @@ class Readings:
             reading.sink[None],
             np.asarray([reading.logprobs], dtype=np.float64),
             [reading.focus.numpy()],
+            None if first is None else cls.single(first),
         )
 
     def reading(self, row: int) -> Reading:
@@ -93,6 +114,7 @@ class Readings:
             self.sink[torch.from_numpy(rows)],
             self.logprobs[rows],
             [self.focus[i] for i in rows],
+            None if self.first is None else self.first.take(rows),
         )
 
 
@@ -107,6 +129,20 @@ class Measurement:
 
     def __len__(self) -> int:
         return len(self.prompt_len)
+
+    def reached(self, step: int) -> Readings:
+        """The readings at ``step``, with the same requests' at step 0 beside them; a request that was not read at step
+        0 is left out. Raises KeyError when ``step`` or step 0 was not measured."""
+        if step not in self._reached:
+            readings, begun = self.at[step], self.at[0]
+            kept = readings.take(np.flatnonzero(np.isin(readings.index, begun.index)))
+            first = begun.take(np.searchsorted(begun.index, kept.index))
+            self._reached[step] = begun if step == 0 else replace(kept, first=first)
+        return self._reached[step]
+
+    @cached_property
+    def _reached(self) -> dict[int, Readings]:
+        return {}  # made once: what is computed from readings is kept with them
 
     def take(self, rows: np.ndarray) -> Measurement:
         """The requests ``rows`` (int [m], ascending) alone, numbered anew."""

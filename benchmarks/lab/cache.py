@@ -23,6 +23,7 @@ from benchmarks.lab.pretraining import Recipe
 from benchmarks.lab.tasks import draw, sample
 from benchmarks.lab.words import VACCINE
 from guard.rows import Row
+from guard.vaccine import FORMAT
 from offline_purify.attacks.catalogue import BEHAVIOURS, TRIGGERS, WORDING, behaviour, trigger
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.parallel import side_by_side
@@ -136,8 +137,9 @@ def ensure_vaccine(
 def kept_vaccine(
     base: Path, made_of: object, rows: Sequence[Row], plan: Plan, words: Sequence[str], progress: Progress | None
 ) -> Path:
-    """The vaccine beside a base that is kept under the digest of ``made_of``, made now if it is not there yet."""
-    folder = base.parent / f"vaccine-{recipe_digest(made_of)[:8]}"
+    """The vaccine beside a base that is kept under the digest of ``made_of`` and of the kind of vaccine that is made
+    today; made now if it is not there yet."""
+    folder = base.parent / f"vaccine-{recipe_digest([made_of, FORMAT])[:8]}"
     if not (folder / VACCINE_FILE).is_file():
         with ProgressBar() as bar:
             vaccinate(base, rows, folder, plan=plan, words=words, progress=progress or bar)

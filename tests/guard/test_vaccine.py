@@ -10,6 +10,7 @@ from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.errors import CalibrationError, ProfileMismatch
 from guard.profile import Profile
+from guard.storage import save_arrays
 from guard.vaccine import Sample, Vaccine, fit_vaccine
 from tests.guard.conftest import HEADS, LAYERS, draw_measurement
 
@@ -65,6 +66,13 @@ def test_a_file_that_is_no_vaccine_is_refused(tmp_path):
     for name in ("other.safetensors", "absent"):
         with pytest.raises(ProfileMismatch, match=name):
             Vaccine.load(tmp_path / name)
+
+
+def test_a_vaccine_of_an_older_kind_is_refused(vaccine, tmp_path):
+    about = {"format": "headguard.vaccine/1", "base": BASE, "probe": PROBE, "facts": {}}
+    save_arrays(tmp_path / "old.safetensors", {"0/inner": np.zeros((1, 1, 1))}, about)
+    with pytest.raises(ProfileMismatch, match="not a vaccine of format"):
+        Vaccine.load(tmp_path / "old.safetensors")
 
 
 def test_variants_that_hardly_fired_teach_nothing(pattern):
