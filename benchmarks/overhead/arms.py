@@ -77,6 +77,7 @@ class Arm:
 def arms(base: Path, dtype: str, threads: int, options: Mapping[str, Any]) -> Iterator[dict[str, Arm]]:
     """An engine for each of off (vLLM as it comes), idle and watched."""
     started: dict[str, Arm] = {}
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # inherited: a process reads it when it loads torch
     try:
         for name in ("off", "idle", "watched"):
             started[name] = Arm(base, dtype, name != "off", threads, options)
@@ -89,7 +90,7 @@ def arms(base: Path, dtype: str, threads: int, options: Mapping[str, Any]) -> It
 def _work(pipe: Connection, settings: tuple[Path, str, bool, int, dict[str, Any]]) -> None:
     base, dtype, guarded, threads, options = settings
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])  # as vLLM binds its workers; the same for all
     try:
         worker = _Worker(OfflineEngine(base, dtype, guarded=guarded, **options))
         pipe.send(None)
