@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # a process that is not guarded loads this module too, and sh
     from guard.probes.vllm.probe import Observe, Probe
 
 PLUGIN = "headguard"
+PLACES: list[tuple[Any, str]] = []
+"""What was patched, and under which name; what stood there is the `__wrapped__` of what stands there now."""
 _PATCHED = "_headguard"
 
 
@@ -70,6 +72,7 @@ def _patch(owner: type, name: str, around: Callable[[Callable[..., Any]], Callab
     if not hasattr(owner, name):
         raise UnsupportedModel(f"this vLLM has no {owner.__name__}.{name}, where the guard goes in.")
     setattr(owner, name, around(getattr(owner, name)))
+    PLACES.append((owner, name))
 
 
 def _refuse_second_runner() -> None:
@@ -140,15 +143,16 @@ def _kernel(layers: Sequence[Layer], rows: int, dtype: Any, device: Any) -> Obse
 
 
 def _look_after(impl: Any, probe: Probe, number: int) -> None:
-    forward, look = impl.forward, probe.look
+    forward = impl.forward
 
     @wraps(forward)
     def followed(layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, *rest: Any, **named: Any) -> Any:
         output = forward(layer, query, key, value, kv_cache, *rest, **named)
-        look(number, query, kv_cache)
+        probe.look(number, query, kv_cache)
         return output
 
     impl.forward = followed
+    PLACES.append((impl, "forward"))
 
 
 def _requests_come(update: Callable[..., Any]) -> Callable[..., Any]:
