@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from guard.probes.vllm.attach import PLACES
 from guard.probes.vllm.measure import OfflineEngine
-from guard.probes.vllm.plugin import PLACES
 from guard.readings import Measurement
 
 _PATIENCE_S = 10.0
