@@ -2,7 +2,7 @@
 
 Active only when `headguard` is named in `VLLM_PLUGINS`, vLLM's own way of opting in. Patched are
 
-    the model runners (`first`, `second`)   where the probe is made, plans a step, looks, and hands in its notes
+    the model runners (`runner_v1`, `runner_v2`) where the probe is made, plans a step, looks, and hands in its notes
     Scheduler.update_from_output            notes are obeyed and passed on
     Worker                                  `headguard_...` calls for the API server
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from guard.probes.vllm import first, second
+from guard.probes.vllm import runner_v1, runner_v2
 from guard.probes.vllm.attach import let_in
 from guard.probes.vllm.scheduling import with_notes
 from guard.probes.vllm.support import check_version
@@ -41,7 +41,7 @@ def register() -> None:
         # vLLM's attention kernel uses AMX tiles without asking the kernel for them; unasked, the process dies.
         torch.cpu._init_amx()
     let_in(Scheduler, "update_from_output", with_notes)
-    for runner, places in ((FirstRunner, first.AROUND), (SecondRunner, second.AROUND)):
+    for runner, places in ((FirstRunner, runner_v1.AROUND), (SecondRunner, runner_v2.AROUND)):
         for name, around in places.items():
             let_in(runner, name, around)
     for call in (headguard_status, headguard_set_profile, headguard_forget, headguard_attach, headguard_record,

@@ -87,7 +87,7 @@ def environment(around: Mapping[str, str], key: str, sockets: Path, cpu: bool) -
     # Idle connections are for the gateway to close: a server that closes them loses a request now and then.
     defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "300"}
     if not cpu:
-        defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the guard's part in it has not run yet: guard.probes.vllm.second
+        defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # guard.probes.vllm.runner_v2 has not run yet
     return {**defaults, **around, **ours}
 
 

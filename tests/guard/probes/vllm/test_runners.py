@@ -17,7 +17,7 @@ import torch
 
 from guard.calibration import fit_profile
 from guard.errors import UnsupportedModel
-from guard.probes.vllm import first, second
+from guard.probes.vllm import runner_v1, runner_v2
 from guard.probes.vllm.attach import let_in
 from guard.probes.vllm.scheduling import NOTES
 from tests.guard.conftest import LAYERS
@@ -41,8 +41,8 @@ def test_both_runners_of_this_vllm_have_the_places_and_the_books() -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as FirstRunner
 
-    assert all(hasattr(FirstRunner, name) for name in first.AROUND)
-    taken = {name: list(inspect.signature(getattr(SecondRunner, name)).parameters)[1:] for name in second.AROUND}
+    assert all(hasattr(FirstRunner, name) for name in runner_v1.AROUND)
+    taken = {name: list(inspect.signature(getattr(SecondRunner, name)).parameters)[1:] for name in runner_v2.AROUND}
     assert taken == {
         "initialize_kv_cache": ["kv_cache_config", "is_profiling", "kv_cache_allocation_context"],
         "finish_requests": ["scheduler_output"],
@@ -142,7 +142,7 @@ class Stand:
 def stand(profile: Path) -> tuple[Stand, Worker]:
     class Guarded(Stand): ...
 
-    for name, around in second.AROUND.items():
+    for name, around in runner_v2.AROUND.items():
         if name != "initialize_kv_cache":
             let_in(Guarded, name, around)
     worker = Worker()
