@@ -6,10 +6,10 @@ Three engines of one model stand side by side, and take their steps in turns:
     watched every request read up to the window, its verdict computed with a real profile
 
 So whatever else the machine does falls on all of them alike; and with every repetition, which is one batch from its
-prefill to its last token, they exchange their parts. Reported is the ratio of all seconds, with its bootstrap interval
-over rounds of three repetitions. A step that took more than twice its arm's median over the repetitions was held up by
-something else, and counts as twice that. Beside it stands the time spent inside the guard's own functions, which is
-exact, and leaves out what they do to the rest (caches, the interpreter).
+prefill to its last token, they exchange their parts. Reported is the median over rounds of three repetitions, in which
+each engine has played each part, of the ratio of their seconds. A step that took more than twice its arm's median over
+the repetitions was held up by something else, and counts as twice that. Beside it stands the time spent inside the
+guard's own functions, which is exact, and leaves out what they do to the rest (caches, the interpreter).
 """
 
 from __future__ import annotations
@@ -109,11 +109,14 @@ def main(
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    loss, idle = told["throughput_loss"], told["idle_loss"]
+    shares = {
+        name: f"{told[name]:.2%} [{', '.join(f'{end:.2%}' for end in told[f'{name}_interval'])}]"
+        for name in ("throughput_loss", "idle_loss")
+    }
     typer.echo(
-        f"{out}: window {window} costs {loss['value']:.2%} of throughput [{loss['low']:.2%}, {loss['high']:.2%}], "
-        f"attached and idle {idle['value']:.2%} [{idle['low']:.2%}, {idle['high']:.2%}] (n = {rounds}); "
-        f"inside the guard: {told['inside']['watched']:.2%} of the time, idle {told['inside']['idle']:.3%}."
+        f"{out}: window {window} costs {shares['throughput_loss']} of throughput, attached and idle "
+        f"{shares['idle_loss']} (n = {rounds}); inside the guard: {told['inside']['watched']:.2%} of the time, idle "
+        f"{told['inside']['idle']:.3%}."
     )
 
 
@@ -167,8 +170,8 @@ def _measure(
     typical = {arm: np.median(took, axis=0) for arm, took in seconds.items()}
     return {
         "parameters": int(_parameters(base)),
-        "throughput_loss": _loss(seconds[Arm.off], seconds[Arm.watched]),
-        "idle_loss": _loss(seconds[Arm.off], seconds[Arm.idle]),
+        **_loss("throughput_loss", seconds[Arm.off], seconds[Arm.watched]),
+        **_loss("idle_loss", seconds[Arm.off], seconds[Arm.idle]),
         "inside": {arm: float(inside[arm].sum() / seconds[arm].sum()) for arm in Arm},
         "tokens_per_second": {arm: batch * new / took.sum() for arm, took in typical.items()},
         "decode_step_s": {arm: float(np.median(took)) for arm, took in typical.items()},
@@ -215,15 +218,17 @@ def _repetition(
             taken[arm].append(step)  # type: ignore[arg-type]
 
 
-def _loss(off: np.ndarray, on: np.ndarray) -> dict[str, Any]:
-    """Throughput off / on - 1 of seconds [repetition, step], with its 95 % bootstrap interval over rounds."""
+def _loss(name: str, off: np.ndarray, on: np.ndarray) -> dict[str, Any]:
+    """Throughput off / on - 1 of seconds [repetition, step]: ``name`` is its median over rounds, ``name_interval`` the
+    95 % bootstrap interval of that, ``name_rounds`` each round's."""
     off_s, on_s = (
         np.minimum(took, 2 * np.median(took, axis=0)).sum(axis=1).reshape(-1, len(Arm)).sum(axis=1)
         for took in (off, on)
     )
-    figure = bootstrap([off_s, on_s], lambda a, b: b.sum(axis=-1) / a.sum(axis=-1) - 1)
+    each = on_s / off_s - 1
+    figure = bootstrap([each], lambda rounds: np.median(rounds, axis=-1))
     assert figure is not None
-    return figure.model_dump()
+    return {name: figure.value, f"{name}_interval": [figure.low, figure.high], f"{name}_rounds": each.tolist()}
 
 
 def _parameters(base: Path) -> int:
