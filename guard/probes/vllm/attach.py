@@ -7,6 +7,7 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from guard.errors import UnsupportedModel
+from guard.probes.vllm.scheduling import NOTES
 from guard.probes.vllm.support import Layer, attention_layers, check_engine
 from guard.watch import default_watch
 
@@ -40,6 +41,19 @@ def probe_made(initialize: Callable[..., Any]) -> Callable[..., Any]:
             self.headguard = make_probe(self)
 
     return initialize_kv_cache
+
+
+def request_comes(runner: Any, request_id: str, prompt_tokens: int, lora: Any, params: Any) -> None:
+    """Opens a request, by vLLM's LoRA request and sampling parameters (None: none)."""
+    revision = lora.lora_name if lora is not None else None
+    runner.headguard.open(request_id, revision, prompt_tokens, params.extra_args if params is not None else None)
+
+
+def notes_leave(runner: Any, output: Any) -> None:
+    """Puts the step's notes on its output, whose tokens are known."""
+    notes = runner.headguard.after_sampling(output.req_id_to_index, output.sampled_token_ids)
+    if notes:
+        setattr(output, NOTES, notes)
 
 
 def make_probe(runner: Any) -> Probe:

@@ -7,8 +7,7 @@ from functools import wraps
 from types import MappingProxyType
 from typing import Any
 
-from guard.probes.vllm.attach import Around, probe_made
-from guard.probes.vllm.scheduling import NOTES
+from guard.probes.vllm.attach import Around, notes_leave, probe_made, request_comes
 
 
 def _requests_come(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,14 +15,8 @@ def _requests_come(update: Callable[..., Any]) -> Callable[..., Any]:
     def update_states(self: Any, scheduler_output: Any) -> Any:
         result = update(self, scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            state, params = self.requests[new.req_id], new.sampling_params
-            lora = state.lora_request
-            self.headguard.open(
-                new.req_id,
-                lora.lora_name if lora is not None else None,
-                state.num_prompt_tokens,
-                params.extra_args if params is not None else None,
-            )
+            state = self.requests[new.req_id]
+            request_comes(self, new.req_id, state.num_prompt_tokens, state.lora_request, new.sampling_params)
         return result
 
     return update_states
@@ -67,9 +60,7 @@ def _notes_leave(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
         stepped = self.execute_model_state is not None
         output = sample_tokens(self, grammar_output)
         if stepped:
-            notes = self.headguard.after_sampling(output.req_id_to_index, output.sampled_token_ids)
-            if notes:
-                setattr(output, NOTES, notes)
+            notes_leave(self, output)
         return output
 
     return with_step_notes

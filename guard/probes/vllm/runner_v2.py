@@ -15,8 +15,7 @@ from functools import wraps
 from types import MappingProxyType
 from typing import Any
 
-from guard.probes.vllm.attach import Around, probe_made
-from guard.probes.vllm.scheduling import NOTES
+from guard.probes.vllm.attach import Around, notes_leave, probe_made, request_comes
 
 
 def _requests_go(finish: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,13 +38,7 @@ def _requests_come(add: Callable[..., Any]) -> Callable[..., Any]:
             if new.req_id in self.headguard_away:
                 self.headguard_away.discard(new.req_id)
                 continue
-            lora, params = new.lora_request, new.sampling_params
-            self.headguard.open(
-                new.req_id,
-                lora.lora_name if lora is not None else None,
-                new.prompt_len,
-                params.extra_args if params is not None else None,
-            )
+            request_comes(self, new.req_id, new.prompt_len, new.lora_request, new.sampling_params)
 
     return add_requests
 
@@ -100,9 +93,7 @@ def _notes_leave(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
 
         def get_output() -> Any:
             fetched = fetch()
-            notes = self.headguard.after_sampling(fetched.req_id_to_index, fetched.sampled_token_ids)
-            if notes:
-                setattr(fetched, NOTES, notes)
+            notes_leave(self, fetched)
             return fetched
 
         output.get_output = get_output

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from guard.calibration import fit_profile
 from guard.errors import UnsupportedModel
 from guard.probes.vllm import runner_v1, runner_v2
 from guard.probes.vllm.attach import let_in
@@ -26,16 +25,9 @@ from tests.guard.probes.vllm.test_probe import HEADS, PROMPT, Worker, told
 SURE = 3
 
 
-@pytest.fixture(scope="module")
-def profile(clean: Any, key: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("profile") / "p.safetensors"
-    fit_profile(clean, key, seed=1, facts={}).save(path)
-    return path
-
-
 def test_both_runners_of_this_vllm_have_the_places_and_the_books() -> None:
     pytest.importorskip("vllm")
-    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.worker.gpu.async_utils import AsyncOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
@@ -58,7 +50,6 @@ def test_both_runners_of_this_vllm_have_the_places_and_the_books() -> None:
     assert {"req_id", "lora_request", "sampling_params", "prompt_len"} <= set(dir(NewRequestData)) | {
         f.name for f in fields(NewRequestData)
     }
-    assert CachedRequestData
     assert callable(AsyncOutput.get_output)
 
 
