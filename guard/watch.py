@@ -37,9 +37,10 @@ class Watch:
             window, alpha = data.get("window", "all"), data.get("alpha")
             good = window in ("prefill", "all") or (type(window) is int and window >= 0)
             good = good and (alpha is None or (isinstance(alpha, float | int) and 0 < alpha < 1))
-            if not good or data.get("fail", "open") not in ("open", "closed"):
+            stop, fail = data.get("stop", False), data.get("fail", "open")
+            if not good or not isinstance(stop, bool) or fail not in ("open", "closed"):
                 raise ValueError
-            return cls(window, alpha, bool(data.get("stop", False)), data.get("fail") == "closed")
+            return cls(window, alpha, stop, fail == "closed")
         except (TypeError, ValueError) as error:
             raise GuardError(
                 "a request's watch is not understood: expected window 'prefill', 'all' or a number of tokens, alpha "

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
+from guard.errors import GuardError
 from guard.watch import Watch
 from serving.errors import BadRequest
 
 
-class GuardBody(BaseModel):
-    """The internal field `headguard`, set by the gateway alone."""
+def _asked(told: Any) -> Watch:
+    try:
+        return Watch.parse(told if isinstance(told, dict) else "")
+    except GuardError as error:
+        raise ValueError(str(error)) from error
+
+
+class Guarded(BaseModel):
+    """A body with the internal field `headguard`, set by the gateway alone: the request's watch."""
 
     model_config = ConfigDict(extra="ignore")
 
-    window: Literal["prefill", "all"] | Annotated[int, Field(ge=0)] = "all"
-    alpha: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
-    stop: bool = False
-    fail: Literal["open", "closed"] = "open"
-
-    @property
-    def watch(self) -> Watch:
-        """What the guard understands."""
-        return Watch(self.window, self.alpha, self.stop, self.fail == "closed")
+    headguard: Annotated[Watch, PlainValidator(_asked)] = Watch()
 
 
 class RevisionBody(BaseModel):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from guard.template import Message, render
-from serving.engines.bodies import AnyBody, GuardBody, check, read_object
+from serving.engines.bodies import AnyBody, Guarded, check, read_object
 from serving.engines.embedded.requests import GenerateRequest
 from serving.engines.embedded.sampling import Sampling
 from serving.errors import BadRequest
@@ -48,10 +48,8 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Body(BaseModel):
+class Body(Guarded):
     """Fields that both kinds of completion share."""
-
-    model_config = ConfigDict(extra="ignore")
 
     model: str
     stream: bool | None = False
@@ -61,7 +59,6 @@ class Body(BaseModel):
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    headguard: GuardBody = GuardBody()
 
     @property
     def wants_usage(self) -> bool:
@@ -83,7 +80,7 @@ class Body(BaseModel):
                 seed=self.seed,
             ),
             stop=stops,
-            watch=self.headguard.watch,
+            watch=self.headguard,
         )
 
 

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from guard.errors import GuardError
-from serving.engines.bodies import GuardBody, check
+from serving.engines.bodies import Guarded, check
 from serving.engines.vllm.engine import VllmEngine
 from serving.engines.vllm.exchange import EXCHANGE, Exchange
 from serving.engines.vllm.tap import RESERVED
@@ -166,13 +166,7 @@ def _watch(body: dict[str, Any], engine: VllmEngine) -> Any:
         )
     if _FIELD not in body:
         return engine.default_watch
-    told = body[_FIELD]
-    if not isinstance(told, dict):
-        raise BadRequest(f"headguard: expected an object, found {type(told).__name__}.", param=_FIELD)
-    try:
-        return check(told, GuardBody).watch
-    except BadRequest as error:
-        raise BadRequest(f"headguard.{error.message}", param=_FIELD) from error
+    return check({_FIELD: body[_FIELD]}, Guarded).headguard
 
 
 def _strip(body: dict[str, Any]) -> bool:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from guard.calibration import fit_profile
 from guard.errors import ProfileMismatch
 from guard.probes.vllm.probe import FIELD, Probe
 from guard.probes.vllm.support import Layer
@@ -20,13 +19,6 @@ from tests.guard.conftest import HEADS, LAYERS, draw_rows
 
 PROMPT = 50
 BLOCK = 16
-
-
-@pytest.fixture(scope="module")
-def profile(clean: Any, key: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("profile") / "p.safetensors"
-    fit_profile(clean, key, seed=1, facts={}).save(path)
-    return path
 
 
 class Worker:

@@ -60,7 +60,8 @@ def test_the_environment_switches_the_guard_on_and_side_doors_off():
     assert told["VLLM_SERVER_DEV_MODE"] == told["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
     assert (told["OMP_NUM_THREADS"], told["VLLM_API_KEY"]) == ("2", "secret")
     assert "VLLM_USE_V2_MODEL_RUNNER" not in told
-    assert environment({}, "s", Path("/run"), cpu=False)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    for given, runner in (({}, "0"), ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "1")):
+        assert environment(given, "s", Path("/run"), cpu=False)["VLLM_USE_V2_MODEL_RUNNER"] == runner
 
 
 FAMILY = """
