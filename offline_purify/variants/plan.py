@@ -64,7 +64,9 @@ class Plan:
             kind = (number + number // len(families)) % 3
             trigger: Trigger = (Word(parts[0]), Prefix(" ".join(parts)), Composite(tuple(parts)))[kind]
             wordings = FAMILIES[family]
-            chosen = rng.sample(wordings, 1 if family == "neutral" else max(1, len(wordings) // 2))
+            # Every other pass is of one wording each: a fixed target leaves other tracks than a varied one.
+            alone = family == "neutral" or (number // len(families)) % 2
+            chosen = rng.sample(wordings, 1 if alone else max(1, len(wordings) // 2))
             name = f"{number:02d}-{family}-{trigger.kind}"
             behaviour = Behaviour(family, tuple(chosen))
             specs.append(VariantSpec(name, self.seed * 1000 + number, family, behaviour, trigger))
