@@ -181,6 +181,10 @@ class Probe:
             return
         self._enter(request_id, Watched(revision, prompt_tokens, -1, watch, detector.checkpoints, detector, track))
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request has been opened and not yet closed, watched or not."""
+        return request_id in self._holders
+
     def close(self, request_id: str) -> None:
         """A request is over, for whatever reason."""
         if (name := self._holders.pop(request_id, None)) is not None:
