@@ -132,13 +132,14 @@ class Reader:
             *(tensor.data_ptr() for tensor in (bank.gram, bank.sink, bank.focus, bank.layer_rows)),
         )
         scores, grams = cpu_loops.scores_function(element).address, cpu_loops.gram_function().address
+        about = _address(call)
         for begin in range(0, n, rows_now):
             for start in range(0, known, layers_now):
                 call["first"], call["layers"] = start, min(layers_now, known - start)
                 call["begin"], call["rows"] = begin, min(rows_now, n - begin)
                 counters[:] = 0
-                run_team(scores, _address(call), threads)
-                run_team(grams, _address(call), threads)
+                run_team(scores, about, threads)
+                run_team(grams, about, threads)
 
 
 def observe(
@@ -169,7 +170,7 @@ def warm_up(dtype: torch.dtype, layout: Layout) -> None:
 
 
 def _address(array: np.ndarray) -> int:
-    return cast(int, array.__array_interface__["data"][0])
+    return cast(int, array.ctypes.data)  # a structured array's `__array_interface__` takes a tenth of a millisecond
 
 
 def _tokens(rows: PagedRows, tokens: int) -> Tensor:
