@@ -47,6 +47,7 @@ DRAWN, COPIES = 16, 8
 profile says does not matter here, what it costs does."""
 
 STRAY = 0.05
+"""How far a step may be from its median over the repetitions, as a share of it, before the rest is the machine's."""
 
 
 class Kind(StrEnum):

@@ -30,7 +30,7 @@ from guard.kernels.team import run_team
 Layout = Literal["vec", "amx"]
 
 # numba has no 16-bit floats: their bits travel as these, and cpu_loops widens them.
-_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_BITS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.float16: "int16"}
 # Softmax weights kept at a time for each thread, unless a single row of one layer needs more: they are read again at
 # once, so they should still lie in its second-level cache.
 _WORKSPACE_BYTES = 1 << 20
@@ -115,8 +115,7 @@ class Reader:
         rows_now = min(n, at_a_time)
         layers_now = min(known, at_a_time // rows_now)
         weights, inverse = self._workspace.take((layers_now * rows_now, heads, longest), (layers_now * rows_now, heads))
-        per_word = 2 if self._layout == "amx" else 1
-        element = "uint32" if self._layout == "amx" else str(_BITS[first.dtype]).removeprefix("torch.")
+        element, per_word = ("uint32", 2) if self._layout == "amx" else (_BITS[first.dtype], 1)
         span = 1 + sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
         stride_b, stride_h, words = (step // per_word for step in (*first.stride()[:2], block * width))
         layer = np.asarray(numbers, np.int64)

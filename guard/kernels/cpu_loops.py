@@ -119,6 +119,7 @@ def _pairs_times(keys: Any, start: int, width: int, q: Any, out: Any) -> None:
 
 
 def _block_scores(keys: Any, start: int, width: int, q: Any, out: Any) -> None:
+    # Never run: numba puts one of the two below in the place of every call. It stands here to have a name.
     raise NotImplementedError("only compiled code calls this")
 
 
