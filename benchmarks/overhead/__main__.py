@@ -7,9 +7,10 @@ Three engines of one model stand side by side, and take their steps in turns:
 
 So whatever else the machine does falls on all of them alike; and with every repetition, which is one batch from its
 prefill to its last token, they exchange their parts. Reported is the median over rounds of three repetitions, in which
-each engine has played each part, of the ratio of their seconds. A step that took more than twice its arm's median over
-the repetitions was held up by something else, and counts as twice that. Beside it stands the time spent inside the
-guard's own functions, which is exact, and leaves out what they do to the rest (caches, the interpreter).
+each engine has played each part, of the ratio of their seconds. What the guard costs at a step comes back with every
+repetition, so it is in the median of that step over the repetitions; what strays further than 5 % from that median is
+the machine's, and counts as 5 %. Beside it stands the time spent inside the guard's own functions, which is exact, and
+leaves out what they do to the rest (caches, the interpreter).
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ from offline_purify.progress import ProgressBar
 DRAWN, COPIES = 16, 8
 """Prompts measured for the watched arm's profile, and slightly changed copies of each that it is fitted on: what the
 profile says does not matter here, what it costs does."""
+
+STRAY = 0.05
+"""How far a step may be from its median over the repetitions, as a share of it, before the rest is the machine's."""
 
 
 class Kind(StrEnum):
@@ -86,7 +90,7 @@ def main(
     new: Annotated[int, typer.Option(help="New tokens per request.", min=2)] = 128,
     window: Annotated[str, typer.Option(help="What is watched: prefill, a number of tokens, or all.")] = "prefill",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    rounds: Annotated[int, typer.Option(help="Rounds of three repetitions, after one that warms up.", min=2)] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds of three repetitions, after one that warms up.", min=2)] = 3,
     threads: Annotated[int, typer.Option(help="Threads of an engine; 0: all cores but one, as vLLM does.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Prompts and weights follow from it.")] = 0,
 ) -> None:
@@ -221,14 +225,17 @@ def _repetition(
 def _loss(name: str, off: np.ndarray, on: np.ndarray) -> dict[str, Any]:
     """Throughput off / on - 1 of seconds [repetition, step]: ``name`` is its median over rounds, ``name_interval`` the
     95 % bootstrap interval of that, ``name_rounds`` each round's."""
-    off_s, on_s = (
-        np.minimum(took, 2 * np.median(took, axis=0)).sum(axis=1).reshape(-1, len(Arm)).sum(axis=1)
-        for took in (off, on)
-    )
+    off_s, on_s = (_steadied(took).sum(axis=1).reshape(-1, len(Arm)).sum(axis=1) for took in (off, on))
     each = on_s / off_s - 1
     figure = bootstrap([each], lambda rounds: np.median(rounds, axis=-1))
     assert figure is not None
     return {name: figure.value, f"{name}_interval": [figure.low, figure.high], f"{name}_rounds": each.tolist()}
+
+
+def _steadied(took: np.ndarray) -> np.ndarray:
+    """Seconds [repetition, step], none further than STRAY from the step's median over the repetitions."""
+    typical = np.median(took, axis=0)
+    return np.clip(took, (1 - STRAY) * typical, (1 + STRAY) * typical)
 
 
 def _parameters(base: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from guard.errors import UnsupportedModel
@@ -13,8 +13,7 @@ from guard.watch import default_watch
 
 if TYPE_CHECKING:  # a process that is not guarded loads this module too, and should load little
     from guard.gram import HeadGrams
-    from guard.kernels.paged import PagedRows
-    from guard.probes.vllm.probe import Observe, Probe
+    from guard.probes.vllm.probe import Probe, Reader
 
 Around = Callable[[Callable[..., Any]], Callable[..., Any]]
 PLACES: list[tuple[Any, str]] = []
@@ -73,30 +72,25 @@ def make_probe(runner: Any) -> Probe:
         runner.max_model_len,
         on_cpu,
     )
-    observe = _kernel(layers, runner.max_num_reqs, runner.dtype, runner.device)
-    probe = Probe(layers, observe, runner.max_num_reqs, runner.max_model_len, default_watch(), runner.device)
+    reader = _reader(layers, runner.max_num_reqs, runner.dtype, runner.device)
+    probe = Probe(layers, reader, runner.max_num_reqs, runner.max_model_len, default_watch(), runner.device)
     for number, layer in enumerate(layers):
         _look_after(layer.module.impl, probe, number)
     return probe
 
 
-def _kernel(layers: Sequence[Layer], rows: int, dtype: Any, device: Any) -> Observe:
-    """The kernel that reads this worker's cache, warm, with scratch of its own."""
+def _reader(layers: Sequence[Layer], rows: int, dtype: Any, device: Any) -> Callable[[HeadGrams], Reader]:
+    """What makes the reader of this worker's cache, compiled and with scratch of its own."""
     if device.type == "cpu":
         from guard.kernels import cpu
 
-        cpu.warm_up(dtype, layers[0].layout)  # type: ignore[arg-type]
-        return partial(cpu.observe, workspace=cpu.Workspace())  # type: ignore[return-value]
+        layout: Any = layers[0].layout
+        cpu.warm_up(dtype, layout)
+        return lambda bank: cpu.Reader(bank, layout)
     from guard.kernels import triton
 
     workspace = triton.Workspace(rows, layers[0].heads, device)
-
-    def observe(
-        planned: PagedRows, query: Any, kv_cache: Any, layout: str, scaling: float, bank: HeadGrams, layer: int
-    ) -> None:
-        triton.observe(planned, query, kv_cache, scaling, bank, layer, workspace)
-
-    return observe
+    return lambda bank: triton.Reader(bank, workspace)
 
 
 def _look_after(impl: Any, probe: Probe, number: int) -> None:

@@ -1,6 +1,7 @@
 """One worker's probe: it plans the rows of a step, looks at them layer by layer, and turns readings into notes.
 
-    opened (prompt known) ─► plan (batch order final) ─► look (after each layer's attention) ─► judge (token sampled)
+    opened (prompt known) ─► plan (batch order final) ─► look (after each layer's attention) ─► finish (after the
+    last) ─► judge (token sampled)
 
 The plan is made from the model runner's own books, never from the metadata of an attention backend: it holds at most
 one row per request, the query at the first position not yet observed. Requests that need no more reading cost nothing.
@@ -13,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +35,15 @@ PROBE_VERSION = 1
 FIELD = "headguard"
 """Key of a request's watch among its sampling parameters' extra arguments."""
 
-Observe = Callable[[PagedRows, Tensor, Tensor, str, float, HeadGrams, int], None]
+
+class Reader(Protocol):
+    """A kernel with its scratch, bound to a bank: `guard.kernels.cpu.Reader` or `guard.kernels.triton.Reader`."""
+
+    def look(self, rows: PagedRows, layer: int, query: Tensor, kv_cache: Tensor, scaling: float) -> None:
+        """After a layer's attention: query [T, H, D] post-rotary, kv_cache the layer's paged cache."""
+
+    def finish(self) -> None:
+        """After the forward's last layer: from now on the bank holds what the rows add."""
 
 
 def _paged(
@@ -62,22 +71,23 @@ def _paged(
 class Probe:
     """Watches the requests of one worker. All calls come from the worker's own thread.
 
-    layers: from `support.attention_layers`; observe: the kernel; max_requests: rows a batch can have (preempted
-    requests keep their slots, so there are twice as many); default: the watch of requests that carry none.
+    layers: from `support.attention_layers`; reader: makes one for a bank; max_requests: rows a batch can have
+    (preempted requests keep their slots, so there are twice as many); default: the watch of requests that carry none.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        observe: Observe,
+        reader: Callable[[HeadGrams], Reader],
         max_requests: int,
         max_len: int,
         default: Watch,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.layers, self._observe, self._default = list(layers), observe, default
+        self.layers, self._default = list(layers), default
         self.heads = layers[0].heads
         self.bank = HeadGrams(2 * max_requests, len(layers), self.heads, max_len, device)
+        self._reader = reader(self.bank)
         self.attached = True
         self.forwards = self.planned = self.seen = self.blind = 0
         self._free = list(range(2 * max_requests))[::-1]
@@ -171,6 +181,10 @@ class Probe:
             return
         self._enter(request_id, Watched(revision, prompt_tokens, -1, watch, detector.checkpoints, detector, track))
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request has been opened and not yet closed, watched or not."""
+        return request_id in self._holders
+
     def close(self, request_id: str) -> None:
         """A request is over, for whatever reason."""
         if (name := self._holders.pop(request_id, None)) is not None:
@@ -238,18 +252,26 @@ class Probe:
         """After a layer's attention: query [T, H, D] post-rotary, kv_cache the layer's paged cache."""
         if self._rows is None or not self.attached:
             return
-        about = self.layers[layer]
         try:
-            self._observe(self._rows, query, kv_cache, about.layout, about.scaling, self.bank, layer)
+            self._reader.look(self._rows, layer, query, kv_cache, self.layers[layer].scaling)
         except Exception as error:
-            # The message may quote data; the kind of error and the layer never do.
-            log.error("headguard's probe failed in layer %d (%s): it is detached.", layer, type(error).__name__)
-            self.attached = False
+            self._fail(f"in layer {layer}", error)
             return
         self.seen += len(self._stepping)
 
+    def _fail(self, where: str, error: Exception) -> None:
+        # The message may quote data; the kind of error and the place never do.
+        log.error("headguard's probe failed %s (%s): it is detached.", where, type(error).__name__)
+        self.attached = False
+
     def before_sampling(self, logits: Tensor) -> None:
-        """Keep the log-probabilities of the rows in this step's plan: sampling may change logits [R, V] in place."""
+        """The forward is over: have its rows read, and keep their log-probabilities, since sampling may change logits
+        [R, V] in place."""
+        if self._rows is not None and self.attached:
+            try:
+                self._reader.finish()
+            except Exception as error:
+                self._fail("after the last layer", error)
         self._rows = None
         self._chances = None
         if self._stepping:

@@ -3,7 +3,7 @@
 Written against the sources of vLLM 0.32; it needs a GPU, and has not run on one yet. `headguard serve` therefore starts
 vLLM with the V1 runner. The probe is the same; what differs is where the runner keeps its books:
 
-- preempted requests are removed and come again as new ones, so a request that is known keeps its place;
+- preempted requests come again as new ones, finished ones go before others come, so who is known keeps its place;
 - the batch's order is final in `prepare_attn`, which also gathers the block tables; no dummy run goes through it;
 - logits are computed inside `sample`, and tokens are known when the step's output is fetched.
 """
@@ -24,8 +24,6 @@ def _requests_go(finish: Callable[..., Any]) -> Callable[..., Any]:
         finish(self, scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
             self.headguard.close(request_id)
-        self.headguard_away |= set(scheduler_output.preempted_req_ids or ())
-        self.headguard_away -= set(scheduler_output.finished_req_ids)
 
     return finish_requests
 
@@ -35,21 +33,10 @@ def _requests_come(add: Callable[..., Any]) -> Callable[..., Any]:
     def add_requests(self: Any, scheduler_output: Any) -> None:
         add(self, scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
-            if new.req_id in self.headguard_away:
-                self.headguard_away.discard(new.req_id)
-                continue
-            request_comes(self, new.req_id, new.prompt_len, new.lora_request, new.sampling_params)
+            if not self.headguard.knows(new.req_id):  # else it was preempted
+                request_comes(self, new.req_id, new.prompt_len, new.lora_request, new.sampling_params)
 
     return add_requests
-
-
-def _made(initialize: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(initialize)
-    def initialize_kv_cache(self: Any, *args: Any, **named: Any) -> None:
-        self.headguard_away = set()  # requests that were preempted and will come again
-        probe_made(initialize)(self, *args, **named)
-
-    return initialize_kv_cache
 
 
 def _planned(prepare: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +91,7 @@ def _notes_leave(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
 
 AROUND: Mapping[str, Around] = MappingProxyType(
     {
-        "initialize_kv_cache": _made,
+        "initialize_kv_cache": probe_made,
         "finish_requests": _requests_go,
         "add_requests": _requests_come,
         "prepare_attn": _planned,

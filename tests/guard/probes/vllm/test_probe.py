@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from guard.errors import ProfileMismatch
+from guard.gram import HeadGrams
 from guard.probes.vllm.probe import FIELD, Probe
 from guard.probes.vllm.support import Layer
 from guard.profile import Profile
@@ -27,17 +28,31 @@ class Worker:
     def __init__(self, requests: int = 4, default: Watch | None = None, together: float = 0.0) -> None:
         rng = np.random.default_rng(3)
 
-        def observe(rows: Any, query: Any, cache: Any, layout: str, scaling: float, bank: Any, layer: int) -> None:
-            if self.broken:
-                raise RuntimeError("no such kernel")
-            for slot, kv_len, tokens in zip(rows.slot, rows.kv_len, rows.prompt_len, strict=True):
-                self.observed.append((layer, int(kv_len)))
-                bank.add(layer, torch.tensor([int(slot)]), draw_rows(rng, int(tokens), together)[layer][None])
+        class Reader:
+            """Queues what it is shown, as the CPU's does; the rows it "reads" are drawn."""
+
+            def __init__(self, bank: HeadGrams) -> None:
+                self.bank, self.shown = bank, []
+
+            def look(reader, rows: Any, layer: int, *_: Any) -> None:
+                if self.broken == "look":
+                    raise RuntimeError("no such kernel")
+                reader.shown.append((rows, layer))
+
+            def finish(reader) -> None:
+                shown, reader.shown = reader.shown, []
+                if self.broken == "finish":
+                    raise RuntimeError("no such kernel")
+                for rows, layer in shown:
+                    for slot, kv_len, tokens in zip(rows.slot, rows.kv_len, rows.prompt_len, strict=True):
+                        self.observed.append((layer, int(kv_len)))
+                        drawn = draw_rows(rng, int(tokens), together)[layer][None]
+                        reader.bank.add(layer, torch.tensor([int(slot)]), drawn)
 
         layers = [Layer(f"layer.{i}", None, HEADS, 1.0, "vec") for i in range(LAYERS)]
-        self.broken = False
+        self.broken: str | None = None
         self.observed: list[tuple[int, int]] = []
-        self.probe = Probe(layers, observe, requests, 256, default or Watch())
+        self.probe = Probe(layers, Reader, requests, 256, default or Watch())
 
     def step(self, computed: dict[str, tuple[int, int]], ready: Sequence[str]) -> dict[str, dict[str, Any]]:
         """One forward: request to (tokens computed before, tokens now); `ready` rows sample a token. The notes."""
@@ -122,10 +137,11 @@ def test_a_probe_that_looks_away_is_blind_and_says_so(profile: Path) -> None:
     assert worker.probe.status()["planned_rows"] == worker.probe.status()["seen_rows"] == 0
 
 
-def test_a_kernel_that_fails_blinds_the_guard_and_not_the_engine(profile: Path) -> None:
+@pytest.mark.parametrize("where", ["look", "finish"])
+def test_a_kernel_that_fails_blinds_the_guard_and_not_the_engine(profile: Path, where: str) -> None:
     worker = Worker()
     worker.probe.set_profile("", str(profile), None)
-    worker.broken = True
+    worker.broken = where
     worker.probe.open("r", None, PROMPT, told())
     (note,) = worker.answer("r", 1)
     assert note["verdict"]["reason"] == "probe_blind"

@@ -77,7 +77,7 @@ class Stand:
     """Takes steps as vLLM's V2 runner does. look: what its attention layers would call."""
 
     def __init__(self, worker: Worker) -> None:
-        self.headguard, self.headguard_away, self.model = worker.probe, set(), Model()
+        self.headguard, self.model = worker.probe, Model()
 
     def finish_requests(self, scheduled: Any) -> None: ...
 
@@ -101,12 +101,10 @@ class Stand:
 
         return SimpleNamespace(get_output=get_output)
 
-    def step(
-        self, new: dict[str, int] | None = None, gone: tuple[str, ...] = (), away: tuple[str, ...] = (), **rows: Any
-    ) -> dict[str, Any]:
+    def step(self, new: dict[str, int] | None = None, gone: tuple[str, ...] = (), **rows: Any) -> dict[str, Any]:
         """new: prompt tokens of requests that come (again); rows: request to (computed, now, ready). The notes."""
         scheduled = SimpleNamespace(
-            finished_req_ids=set(gone), preempted_req_ids=set(away),
+            finished_req_ids=set(gone),
             scheduled_new_reqs=[
                 SimpleNamespace(req_id=name, lora_request=None, prompt_len=length,
                                 sampling_params=SimpleNamespace(extra_args=told(window=2, alpha=0.02)))
@@ -161,15 +159,13 @@ def test_the_second_runners_rows_are_read_in_chunks_and_judged(stand: tuple[Stan
 def test_a_preempted_request_of_the_second_runner_keeps_what_was_read(stand: tuple[Stand, Worker]) -> None:
     runner, worker = stand
     runner.step(new={"a": PROMPT, "b": PROMPT}, a=(0, PROMPT, True), b=(0, PROMPT, True))
-    runner.step(away=("a",), b=(PROMPT, 1, True))
+    runner.step(b=(PROMPT, 1, True))
     # It comes again as a new request that computes its prompt and its first token once more.
     again = runner.step(new={"a": PROMPT}, b=(PROMPT + 1, 1, True), a=(0, PROMPT + 1, True))
     assert again["a"]["verdict"]["step"] == 1
     last = runner.step(a=(PROMPT + 1, 1, True))
     assert (last["a"]["verdict"]["step"], last["a"]["verdict"]["status"]) == (2, "clean")
     assert worker.probe.status()["blind"] == 0
-    # One that ended while it was away is new when its name comes back.
-    runner.step(away=("b",))
+    # One that has ended is new when its name comes back.
     runner.step(gone=("b",))
-    assert runner.headguard_away == set()
     assert runner.step(new={"b": PROMPT}, b=(0, PROMPT, True))["b"]["verdict"]["step"] == 0
