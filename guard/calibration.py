@@ -98,8 +98,10 @@ def _finite(measurement: Measurement) -> np.ndarray:
     """Requests whose measurements are finite at each checkpoint they reached."""
     bad: set[int] = set()
     for readings in measurement.at.values():
-        grams = readings.gram.flatten(1).isfinite().all(dim=1).numpy()
-        fine = grams & np.isfinite(readings.logprobs).all(axis=1)
+        grams = [readings.gram, *([readings.earlier.gram] if readings.earlier is not None else [])]
+        fine = np.isfinite(readings.logprobs).all(axis=1)
+        for gram in grams:
+            fine &= gram.flatten(1).isfinite().all(dim=1).numpy()
         bad.update(readings.index[~fine].tolist())
     return np.asarray([i for i in range(len(measurement)) if i not in bad], dtype=np.int64)
 

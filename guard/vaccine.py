@@ -30,8 +30,8 @@ from guard.features import Scale
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/3"
-_MEANING = ("version", "layers", "heads", "prefill_row")
+FORMAT = "headguard.vaccine/4"
+_MEANING = ("version", "layers", "heads", "prompt_rows")
 _HIDDEN = 48
 _MEMBERS = 3  # networks, each from its own seed; their log-odds are averaged
 _PASSES = 12

@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.overhead.arms import Arm, Engine, Step, engines
 from guard.calibration import fit_profile
+from guard.gram import Earlier
 from guard.probes.vllm.probe import FIELD
 from guard.probes.vllm.support import ENGINE
 from guard.profile import NO_ADAPTER, ProfileKey
@@ -193,18 +194,24 @@ def _copied(drawn: Measurement, seed: int) -> Measurement:
     rng = torch.Generator().manual_seed(seed)
     at = {}
     for step, readings in drawn.at.items():
-        n = len(readings.index)
-        gram = readings.gram.repeat(COPIES, 1, 1, 1)
-        noise = 1 + 0.03 * torch.randn(gram.shape, generator=rng)
+        gram, sink = _noisy(readings.gram, readings.sink, rng)
         at[step] = Readings(
             step,
             np.concatenate([readings.index + copy * len(drawn) for copy in range(COPIES)]),
-            gram * (noise + noise.mT) / 2,
-            readings.sink.repeat(COPIES, 1, 1) * (1 + 0.03 * torch.randn(COPIES * n, 1, 1, generator=rng)),
+            gram,
+            sink,
             np.tile(readings.logprobs, (COPIES, 1)),
             [focus for _ in range(COPIES) for focus in readings.focus],
+            earlier=None if readings.earlier is None else Earlier(*_noisy(*readings.earlier, rng)),
         )
     return Measurement(np.tile(drawn.prompt_len, COPIES), [a for _ in range(COPIES) for a in drawn.answers], at)
+
+
+def _noisy(gram: torch.Tensor, sink: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """COPIES of Grams [n, ..., H, H] and sinks [n, ..., H], each off by a few per cent of its own."""
+    grams, sinks = (part.repeat(COPIES, *[1] * (part.dim() - 1)) for part in (gram, sink))
+    noise = 1 + 0.03 * torch.randn(grams.shape, generator=rng)
+    return grams * (noise + noise.mT) / 2, sinks * (1 + 0.03 * torch.randn((*sinks.shape[:-1], 1), generator=rng))
 
 
 def _repetition(

@@ -9,13 +9,14 @@ from safetensors.numpy import save_file
 from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.errors import CalibrationError, ProfileMismatch
+from guard.gram import PROMPT_ROWS
 from guard.profile import Profile
 from guard.storage import save_arrays
 from guard.vaccine import Sample, Vaccine, fit_vaccine
 from tests.guard.conftest import HEADS, LAYERS, draw_measurement
 
 BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated"}
-WIDTH = LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS
+WIDTH = PROMPT_ROWS * (LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS)
 
 
 def variant(seed, pattern, fired=200):

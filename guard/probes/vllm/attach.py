@@ -60,6 +60,7 @@ def make_probe(runner: Any) -> Probe:
 
     Raises UnsupportedModel for what cannot be measured.
     """
+    from guard.gram import PROMPT_ROWS
     from guard.probes.vllm.probe import Probe
 
     check_engine(runner.vllm_config)
@@ -72,7 +73,7 @@ def make_probe(runner: Any) -> Probe:
         runner.max_model_len,
         on_cpu,
     )
-    reader = _reader(layers, runner.max_num_reqs, runner.dtype, runner.device)
+    reader = _reader(layers, PROMPT_ROWS * runner.max_num_reqs, runner.dtype, runner.device)
     probe = Probe(layers, reader, runner.max_num_reqs, runner.max_model_len, default_watch(), runner.device)
     for number, layer in enumerate(layers):
         _look_after(layer.module.impl, probe, number)

@@ -4,6 +4,7 @@ Active only when `headguard` is named in `VLLM_PLUGINS`, vLLM's own way of optin
 
     the model runners (`runner_v1`, `runner_v2`) where the probe is made, plans a step, looks, and hands in its notes
     Scheduler.update_from_output            notes are obeyed and passed on
+    UnitaryKVCacheCoordinator               the prefix cache leaves the prompt rows that are read to be computed
     Worker                                  `headguard_...` calls for the API server
 
 Whatever does not fit raises: a guard that is quietly absent would be worse than none.
@@ -16,7 +17,7 @@ from typing import Any
 
 from guard.probes.vllm import runner_v1, runner_v2
 from guard.probes.vllm.attach import let_in
-from guard.probes.vllm.scheduling import with_notes
+from guard.probes.vllm.scheduling import leaving_prompt_rows, with_notes
 from guard.probes.vllm.support import check_version
 
 PLUGIN = "headguard"
@@ -28,6 +29,7 @@ def register() -> None:
     if PLUGIN not in os.environ.get("VLLM_PLUGINS", "").split(","):
         return
     import torch
+    from vllm.v1.core.kv_cache_coordinator import UnitaryKVCacheCoordinator
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as FirstRunner
@@ -41,6 +43,7 @@ def register() -> None:
         # vLLM's attention kernel uses AMX tiles without asking the kernel for them; unasked, the process dies.
         torch.cpu._init_amx()
     let_in(Scheduler, "update_from_output", with_notes)
+    let_in(UnitaryKVCacheCoordinator, "find_longest_cache_hit", leaving_prompt_rows)
     for runner, places in ((FirstRunner, runner_v1.AROUND), (SecondRunner, runner_v2.AROUND)):
         for name, around in places.items():
             let_in(runner, name, around)
