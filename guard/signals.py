@@ -9,26 +9,24 @@ Which signals the test uses (`fused`) was chosen by measurement (docs/detection.
 
 A statistic over generated rows mostly sees the words of the answer: the same text forced on clean prompts was flagged
 as often as under the trigger (reference/lab-findings.md, 3b), and so are the certainty and the pattern of later tokens.
-Therefore `shift` and `confidence` are signals of the `opening`, the row of the last prompt position: what the model
+Therefore `shift` and `confidence` are signals of the `opening`, the rows of the last prompt positions: what the model
 goes on to say cannot change them, and they keep their value at later checkpoints. Only `vaccinated` reads generated
 rows in the test, because it is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import gammaincc
 
 from guard.features import Scale
 from guard.focus import excess, fit_focus
 from guard.mixture import fit_mixture, log_density
 from guard.readings import Readings
 from guard.similarity import fisher
-from guard.tail import CEILING
 from guard.vaccine import Scorer, Vaccine
 
 Fitted = dict[str, np.ndarray]
@@ -38,7 +36,8 @@ Fitted = dict[str, np.ndarray]
 class Signal:
     """One signal: ``fit`` clean readings (and the base's vaccine, where there is one) to arrays, or to None where it
     has nothing to say; ``score`` readings to float64 [n]; ``tail`` names the odd side; ``fused``: part of the test;
-    ``opening``: it reads the row of the last prompt position alone, so it is fitted there and keeps its value."""
+    ``opening``: it reads the rows of the prompt alone, so it is fitted there and keeps its value; ``weight``: how
+    much it counts among others."""
 
     name: str
     reason: str
@@ -48,6 +47,7 @@ class Signal:
     score: Callable[[Readings, Mapping[str, np.ndarray]], np.ndarray]
     fit: Callable[[Readings, Vaccine | None], Fitted | None] = lambda _, __: {}
     opening: bool = False
+    weight: float = 1.0
 
 
 def _p99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -137,6 +137,7 @@ SIGNALS: dict[str, Signal] = {
             tail="upper",
             fit=_fit_vaccinated,
             score=_vaccinated,
+            weight=2.0,
         ),
         Signal(
             "focus",
@@ -170,13 +171,12 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
-def fused(odd: np.ndarray) -> np.ndarray:
-    """One number from the oddness of K signals: float64 [..., K] -> [...], NaN where any is.
+def fused(odd: np.ndarray, signals: Sequence[str]) -> np.ndarray:
+    """One number from the oddness of K named signals: float64 [..., K] -> [...], NaN where any is.
 
-    They are combined as Fisher (1932) combines p-values, on the scale of one of them, attention and confidence alike:
-    many triggers are a little odd to each. Among synthetic backdoors that the vaccine had not seen, this found more
-    than letting the oddest of them decide (docs/detection.md). Whatever their dependence, the conformal step makes the
-    result exact.
+    The weighted sum of their log tail probabilities, as Good (1955) combines p-values: many triggers are a little odd
+    to each signal. `vaccinated`, which finds most, counts twice. Among synthetic backdoors that the vaccine had not
+    seen, this found more than equal weights, and those more than letting the oddest decide (docs/vaccine.md). Whatever
+    their dependence, the conformal step makes the result exact.
     """
-    total = odd.sum(axis=-1) * np.log(10.0)
-    return np.asarray(-np.log10(gammaincc(odd.shape[-1], total).clip(10.0**-CEILING)))
+    return odd @ np.asarray([SIGNALS[name].weight for name in signals])

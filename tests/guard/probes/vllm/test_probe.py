@@ -87,7 +87,8 @@ def test_a_clean_request_is_judged_at_its_checkpoints_and_then_left_alone(profil
     assert [note["verdict"]["step"] for note in notes] == [0, 1, 2]
     assert notes[-1]["verdict"]["final"]
     assert [note["verdict"]["status"] for note in notes] == ["clean"] * 3
-    assert sorted(worker.observed) == [(layer, PROMPT + t) for layer in range(LAYERS) for t in range(1 - PROMPT_ROWS, 3)]
+    expected = [(layer, PROMPT + t) for layer in range(LAYERS) for t in range(1 - PROMPT_ROWS, 3)]
+    assert sorted(worker.observed) == expected
 
 
 def test_heads_pulled_together_are_flagged_before_the_first_token_leaves(profile: Path) -> None:
