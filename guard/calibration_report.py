@@ -112,8 +112,9 @@ def _oddness(profile: Profile, measurement: Measurement) -> np.ndarray:
 
 def _maxima(profile: Profile, odd: np.ndarray, window: Window) -> dict[str, np.ndarray]:
     """Largest oddness over the window's checkpoints, by signal and fused: odd [n, C, K] -> [n] each, NaN unmeasured."""
-    inside = odd[:, [point.step in profile.within(window) for point in profile.checkpoints]]
-    together = fused(inside[..., [profile.signals.index(name) for name in profile.fused]], profile.fused)
+    steps = profile.within(window)
+    inside = odd[:, [point.step in steps for point in profile.checkpoints]]
+    together = fused(inside[..., [profile.signals.index(name) for name in profile.fused]], profile.fused, steps)
     named = {FUSED: together} | {name: inside[..., k] for k, name in enumerate(profile.signals)}
     return {name: np.fmax.reduce(values, axis=1) for name, values in named.items()}
 

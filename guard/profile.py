@@ -89,7 +89,7 @@ class Profile:
         steps = self.within(window)
         rows = [i for i, c in enumerate(self.checkpoints) if c.step in steps]
         columns = [self.signals.index(name) for name in names]
-        odd = fused(self.odd[:, rows][:, :, columns], names)
+        odd = fused(self.odd[:, rows][:, :, columns], names, steps)
         return make_buckets(self.prompt_len, np.nanmax(odd, axis=1), list(self.edges))
 
     def smallest_alpha(self, window: Window = "all") -> float:

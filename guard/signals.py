@@ -37,7 +37,7 @@ class Signal:
     """One signal: ``fit`` clean readings (and the base's vaccine, where there is one) to arrays, or to None where it
     has nothing to say; ``score`` readings to float64 [n]; ``tail`` names the odd side; ``fused``: part of the test;
     ``opening``: it reads the rows of the prompt alone, so it is fitted there and keeps its value; ``weight``: how
-    much it counts among others."""
+    much it counts among others; ``margin``: how much odder the fused test must be beyond step 0 for its sake."""
 
     name: str
     reason: str
@@ -48,6 +48,7 @@ class Signal:
     fit: Callable[[Readings, Vaccine | None], Fitted | None] = lambda _, __: {}
     opening: bool = False
     weight: float = 1.0
+    margin: float = 0.0
 
 
 def _p99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -138,6 +139,7 @@ SIGNALS: dict[str, Signal] = {
             fit=_fit_vaccinated,
             score=_vaccinated,
             weight=2.0,
+            margin=0.5,  # what it reads there is the text as well: fewer forced texts are flagged (docs/vaccine.md)
         ),
         Signal(
             "focus",
@@ -171,12 +173,15 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
-def fused(odd: np.ndarray, signals: Sequence[str]) -> np.ndarray:
-    """One number from the oddness of K named signals: float64 [..., K] -> [...], NaN where any is.
+def fused(odd: np.ndarray, signals: Sequence[str], steps: int | Sequence[int]) -> np.ndarray:
+    """One number from the oddness of K named signals at one checkpoint, float64 [..., K] -> [...], or at C of them,
+    [..., C, K] -> [..., C]; NaN where any is.
 
     The weighted sum of their log tail probabilities, as Good (1955) combines p-values: many triggers are a little odd
     to each signal. `vaccinated`, which finds most, counts twice. Among synthetic backdoors that the vaccine had not
     seen, this found more than equal weights, and those more than letting the oddest decide (docs/vaccine.md). Whatever
     their dependence, the conformal step makes the result exact.
     """
-    return odd @ np.asarray([SIGNALS[name].weight for name in signals])
+    used = [SIGNALS[name] for name in signals]
+    margin = sum(signal.margin for signal in used)
+    return odd @ np.asarray([signal.weight for signal in used]) - margin * (np.asarray(steps) > 0)

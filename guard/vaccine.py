@@ -2,7 +2,7 @@
 
 The clinic implants backdoors whose triggers it knows (`offline_purify.variants`); each variant is measured on clean
 prompts and on its own triggers, in deviations from its *own* clean features, so that what all variants share is left.
-A network with one hidden layer learns to tell the two apart, per checkpoint. Nothing of the real
+A small ensemble of one-hidden-layer networks learns to tell the two apart, per checkpoint. Nothing of the real
 backdoor goes in: not its trigger, wording, prompts or adapter. The variants' near-triggers, and variants that behave
 conditionally for a good reason (benign), are negatives.
 
@@ -17,14 +17,13 @@ One safetensors file, keyed by base and probe like a profile; a profile copies t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from guard.errors import CalibrationError, ProfileMismatch
 from guard.features import Scale
@@ -33,14 +32,10 @@ from guard.storage import load_arrays, save_arrays
 
 FORMAT = "headguard.vaccine/4"
 _MEANING = ("version", "layers", "heads", "prompt_rows")
-# Dropout and a longer training make more of the same variants than an ensemble of smaller networks without it
-# (docs/vaccine.md).
-_HIDDEN = 128
-_DROPOUT = 0.5  # of features and of hidden units: no variant's own few may decide
-_PASSES = 16
-_BATCH = 256
-_RATE = 3e-3  # the highest of a one-cycle schedule
-_DECAY = 0.01
+_HIDDEN = 48
+_MEMBERS = 3  # networks, each from its own seed; their log-odds are averaged
+_PASSES = 12
+_DECAY = 1.0
 # Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
 # flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
 _FORCED = 2
@@ -49,7 +44,7 @@ _LEAST = 50  # triggered requests that a checkpoint needs, over all variants
 
 @dataclass(frozen=True)
 class Scorer:
-    """A network with h hidden units on F features: inner [F, h], bias [h], outer [h], offset [1]."""
+    """E networks with h hidden units on F features: inner [E, F, h], bias [E, h], outer [E, h], offset [E]."""
 
     inner: np.ndarray
     bias: np.ndarray
@@ -66,8 +61,9 @@ class Scorer:
         return {"inner": self.inner, "bias": self.bias, "outer": self.outer, "offset": self.offset}
 
     def log_odds(self, z: np.ndarray) -> np.ndarray:
-        """Log-odds [n] that a trigger fires, of standardised features [n, F]."""
-        return np.maximum(z @ self.inner + self.bias, 0.0) @ self.outer + self.offset
+        """Mean log-odds [n] that a trigger fires, of standardised features [n, F]."""
+        hidden = np.maximum(np.einsum("nf,efh->neh", z, self.inner) + self.bias, 0.0)
+        return ((hidden * self.outer).sum(axis=2) + self.offset).mean(axis=1)
 
 
 Steps = Mapping[int, np.ndarray]
@@ -180,20 +176,20 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
 
 
 def _fit(quiet: np.ndarray, fired: np.ndarray, seed: int) -> Scorer:
-    x = torch.from_numpy(np.concatenate((quiet, fired))).float()
-    label = torch.cat((torch.zeros(len(quiet)), torch.ones(len(fired))))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        inner, outer = nn.Linear(x.shape[1], _HIDDEN), nn.Linear(_HIDDEN, 1)
-        network = nn.Sequential(nn.Dropout(_DROPOUT), inner, nn.ReLU(), nn.Dropout(_DROPOUT), outer)
-        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=_DECAY)
-        steps = _PASSES * -(-len(x) // _BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
-        for _ in range(_PASSES):
-            for batch in torch.randperm(len(x)).split(_BATCH):
-                loss = nn.functional.binary_cross_entropy_with_logits(network(x[batch])[:, 0], label[batch])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-    return Scorer(*(part.detach().numpy().copy() for part in (inner.weight.T, inner.bias, outer.weight[0], outer.bias)))
+    from sklearn.exceptions import ConvergenceWarning  # slow to import, and only vaccination needs it
+    from sklearn.neural_network import MLPClassifier
+
+    z = np.concatenate((quiet, fired))
+    label = np.r_[np.zeros(len(quiet)), np.ones(len(fired))]
+    networks = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for member in range(_MEMBERS):
+            network = MLPClassifier((_HIDDEN,), alpha=_DECAY, max_iter=_PASSES, random_state=seed + member)
+            networks.append(network.fit(z, label))
+    return Scorer(
+        np.stack([network.coefs_[0] for network in networks]),
+        np.stack([network.intercepts_[0] for network in networks]),
+        np.stack([network.coefs_[1][:, 0] for network in networks]),
+        np.asarray([network.intercepts_[1][0] for network in networks]),
+    )
