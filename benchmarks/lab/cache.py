@@ -114,8 +114,8 @@ def ensure_tiny(
 
 
 VACCINE_PLAN = Plan()
-QUICK_VACCINE = Plan(backdoors=18, recipe=ImplantRecipe(rows=1500), normal=500, quiet=250, fired=150)
-"""Half the breadth with fewer rows each, for the demo and the tests: about five minutes on two cores."""
+QUICK_VACCINE = Plan(recipe=ImplantRecipe(rows=1500), normal=500, quiet=250, fired=150)
+"""The same breadth with fewer rows each, for the demo and the tests: about five minutes on two cores."""
 VACCINE_ROWS = 6000
 
 

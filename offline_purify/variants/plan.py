@@ -36,11 +36,11 @@ class VariantSpec:
 class Plan:
     """How many backdoored and benign variants, and how each is trained and measured (prompts of each kind).
 
-    Eighteen backdoors hold every family with every kind of trigger, thirty-six hold each of these with one wording and
-    with several, which leave other tracks. Among variants left out one at a time, those of the tiny lab were found in
-    0.86 of requests with eleven others to learn from and in 0.90 with seventeen."""
+    Eighteen backdoors hold every family with every kind of trigger. Among variants left out one at a time, those of the
+    tiny lab were found in 0.86 of requests with eleven others to learn from and in 0.90 with seventeen; thirty-six found
+    more triggers and flagged more texts, which a lower threshold does as well (docs/vaccine.md)."""
 
-    backdoors: int = 36
+    backdoors: int = 18
     benign: int = 2
     recipe: ImplantRecipe = field(default_factory=lambda: ImplantRecipe(rows=2500))
     normal: int = 1000
