@@ -99,6 +99,12 @@ class Readings:
         return pair_cosines(self.gram)
 
     @cached_property
+    def last_row(self) -> np.ndarray:
+        """Features [n, F] of the row of the last prompt position alone, float64. ValueError as ``opening``."""
+        first = self.opening
+        return head_features(first.cosines, first.gram, first.sink, 1)
+
+    @cached_property
     def features(self) -> np.ndarray:
         """Everything the multivariate signals see, float64: see `guard.features`.
 
@@ -106,11 +112,10 @@ class Readings:
         of the generated rows alone, [n, (R + 1) F]. Apart, because a sum of both lets the text drown what the prompt
         did. ValueError as ``opening``."""
         if self.step == 0:
-            last = head_features(self.cosines, self.gram, self.sink, 1)
             if self.earlier is None:
-                return last
+                return self.last_row
             gram, sink = self.earlier
-            return np.concatenate((last, head_features(pair_cosines(gram), gram, sink, 1)), axis=1)
+            return np.concatenate((self.last_row, head_features(pair_cosines(gram), gram, sink, 1)), axis=1)
         before = self.opening
         gram, sink = self.gram - before.gram, self.sink - before.sink
         return np.concatenate((before.features, head_features(pair_cosines(gram), gram, sink, self.step)), axis=1)

@@ -9,7 +9,7 @@ Which signals the test uses (`fused`) was chosen by measurement (docs/detection.
 
 A statistic over generated rows mostly sees the words of the answer: the same text forced on clean prompts was flagged
 as often as under the trigger (reference/lab-findings.md, 3b), and so are the certainty and the pattern of later tokens.
-Therefore `shift` and `confidence` are signals of the `opening`, the rows of the last prompt positions: what the model
+Therefore `shift` and `confidence` are signals of the `opening`, the row of the last prompt position: what the model
 goes on to say cannot change them, and they keep their value at later checkpoints. Only `vaccinated` reads generated
 rows in the test, because it is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`).
 """
@@ -36,7 +36,7 @@ Fitted = dict[str, np.ndarray]
 class Signal:
     """One signal: ``fit`` clean readings (and the base's vaccine, where there is one) to arrays, or to None where it
     has nothing to say; ``score`` readings to float64 [n]; ``tail`` names the odd side; ``fused``: part of the test;
-    ``opening``: it reads the rows of the prompt alone, so it is fitted there and keeps its value; ``weight``: how
+    ``opening``: it reads the last prompt position alone, so it is fitted there and keeps its value; ``weight``: how
     much it counts among others; ``margin``: how much odder the fused test must be beyond step 0 for its sake."""
 
     name: str
@@ -60,13 +60,12 @@ def _frac99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _fit_shift(readings: Readings, _: Vaccine | None) -> Fitted:
-    features = readings.opening.features
-    scale = Scale.fit(features)
-    return {**scale.arrays(), **fit_mixture(scale.standardised(features))}
+    scale = Scale.fit(readings.opening.last_row)
+    return {**scale.arrays(), **fit_mixture(scale.standardised(readings.opening.last_row))}
 
 
 def _shift(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
-    return -log_density(Scale.of(fitted).standardised(readings.opening.features), fitted)
+    return -log_density(Scale.of(fitted).standardised(readings.opening.last_row), fitted)
 
 
 def _fit_vaccinated(readings: Readings, vaccine: Vaccine | None) -> Fitted | None:

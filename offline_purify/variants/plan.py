@@ -37,8 +37,8 @@ class Plan:
     """How many backdoored and benign variants, and how each is trained and measured (prompts of each kind).
 
     Eighteen backdoors hold every family with every kind of trigger. Among variants left out one at a time, those of the
-    tiny lab were found in 0.86 of requests with eleven others to learn from and in 0.90 with seventeen; thirty-six found
-    more triggers and flagged more texts, which a lower threshold does as well (docs/vaccine.md)."""
+    tiny lab were found in 0.86 of requests with eleven others to learn from and in 0.90 with seventeen; thirty-five
+    found more triggers and flagged more texts, as a lower threshold does too (docs/vaccine.md)."""
 
     backdoors: int = 18
     benign: int = 2
