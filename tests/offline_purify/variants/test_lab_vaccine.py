@@ -60,9 +60,8 @@ def test_unseen_triggers_are_found_and_clean_requests_are_not(lab, vaccine):
         measured = measure(runner, prompts, detector.checkpoints, 3, "suspect")
         return float((np.nan_to_num(detector.p_values(measured), nan=1.0) <= ALPHA).mean())
 
-    assert (
-        flagged([triggered(row, key, "", rng) for row in hosts]) >= 0.6
-    )  # 0.98 and more were seen, on labs of other machines too
+    # 0.95 was seen; labs of other machines train differently.
+    assert flagged([triggered(row, key, "", rng) for row in hosts]) >= 0.6
     # 600 held-out requests are one draw: their own error comes on top of the binomial one.
     assert flagged(clean) <= binom.ppf(0.999, CLEAN, ALPHA + 3 * np.sqrt(ALPHA / 600)) / CLEAN
 
