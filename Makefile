@@ -37,9 +37,7 @@ check: $(READY)  ## format, lint, types and fast tests, under a minute
 
 bench: $(READY)  ## detection on the lab's zoo, rendered to docs/ (about an hour on two cores; what is there is kept)
 	$(BIN)/python -m benchmarks.detection zoo --window 2 --out build/detection/window-2
-	$(BIN)/python -m benchmarks.detection zoo --window prefill --out build/detection/prefill
 	$(BIN)/python -m benchmarks.detection report build/detection/window-2 --out docs/detection.md
-	$(BIN)/python -m benchmarks.detection report build/detection/prefill --out docs/detection-prefill.md
 
 clean:  ## remove what was built (models, demo); .venv stays
 	rm -rf build

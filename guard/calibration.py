@@ -49,13 +49,15 @@ def fit_profile(
         )
     order = np.random.default_rng(seed).permutation(usable)
     fit, held_out = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
-    checkpoints = []
+    checkpoints: list[Checkpoint] = []
     odd = []
-    for _, readings in sorted(measurement.at.items()):
+    for step in sorted(measurement.at) if 0 in measurement.at else ():
+        readings = measurement.reached(step)
         mine = np.flatnonzero(np.isin(readings.index, fit))
         if len(mine) < MIN_REQUESTS:
             continue  # too few clean answers are this long: nothing can be said here
-        point = _fit_checkpoint(readings.take(mine), signals, vaccine, seed)
+        opening = checkpoints[0] if checkpoints else None
+        point = _fit_checkpoint(readings.take(mine), signals, vaccine, seed, opening)
         checkpoints.append(point)
         odd.append(_held_out_oddness(point, readings, held_out, signals))
     if not checkpoints or checkpoints[0].step != 0:
@@ -96,23 +98,31 @@ def _finite(measurement: Measurement) -> np.ndarray:
     """Requests whose measurements are finite at each checkpoint they reached."""
     bad: set[int] = set()
     for readings in measurement.at.values():
-        grams = readings.gram.flatten(1).isfinite().all(dim=1).numpy()
-        fine = grams & np.isfinite(readings.logprobs).all(axis=1)
+        grams = [readings.gram, *([readings.earlier.gram] if readings.earlier is not None else [])]
+        fine = np.isfinite(readings.logprobs).all(axis=1)
+        for gram in grams:
+            fine &= gram.flatten(1).isfinite().all(dim=1).numpy()
         bad.update(readings.index[~fine].tolist())
     return np.asarray([i for i in range(len(measurement)) if i not in bad], dtype=np.int64)
 
 
-def _fit_checkpoint(readings: Readings, signals: tuple[str, ...], vaccine: Vaccine | None, seed: int) -> Checkpoint:
+def _fit_checkpoint(
+    readings: Readings, signals: tuple[str, ...], vaccine: Vaccine | None, seed: int, opening: Checkpoint | None
+) -> Checkpoint:
+    """``opening`` is the checkpoint of step 0 (None: this is it), whose fit the signals of the opening keep."""
     pairs = fisher(readings.cosines)
-    fitted = {name: SIGNALS[name].fit(readings, vaccine) for name in signals}
-    speaking = {name: arrays for name, arrays in fitted.items() if arrays is not None}
+    fitted: dict[str, Mapping[str, np.ndarray]] = {}
+    tails: dict[str, Tail] = {}
+    for name in signals:
+        if opening is not None and SIGNALS[name].opening:
+            fitted[name], tails[name] = opening.fitted[name], opening.tails[name]
+        elif (arrays := SIGNALS[name].fit(readings, vaccine)) is not None:
+            fitted[name] = arrays
+            tails[name] = Tail(np.sort(_cross_fitted(SIGNALS[name], readings, vaccine, seed)), SIGNALS[name].tail)
     return Checkpoint(
         step=readings.step,
-        fitted=speaking,
-        tails={
-            name: Tail(np.sort(_cross_fitted(SIGNALS[name], readings, vaccine, seed)), SIGNALS[name].tail)
-            for name in speaking
-        },
+        fitted=fitted,
+        tails=tails,
         pairs={"mean": pairs.mean(axis=0), "scale": pairs.std(axis=0) + 0.02},
         focus=fit_focus(readings.focus),
     )

@@ -104,16 +104,17 @@ def _oddness(profile: Profile, measurement: Measurement) -> np.ndarray:
     """Oddness of measured requests as the profile holds it for its own: [n, C, K], NaN where one had ended."""
     odd = np.full((len(measurement), len(profile.checkpoints), len(profile.signals)), np.nan)
     for column, point in enumerate(profile.checkpoints):
-        readings = measurement.at.get(point.step)
-        if readings is not None and len(readings.index):
+        if point.step in measurement.at and len(measurement.at[point.step].index):
+            readings = measurement.reached(point.step)
             odd[readings.index, column] = score(point, readings, profile.signals)
     return odd
 
 
 def _maxima(profile: Profile, odd: np.ndarray, window: Window) -> dict[str, np.ndarray]:
     """Largest oddness over the window's checkpoints, by signal and fused: odd [n, C, K] -> [n] each, NaN unmeasured."""
-    inside = odd[:, [point.step in profile.within(window) for point in profile.checkpoints]]
-    together = fused(inside[..., [profile.signals.index(name) for name in profile.fused]], profile.fused)
+    steps = profile.within(window)
+    inside = odd[:, [point.step in steps for point in profile.checkpoints]]
+    together = fused(inside[..., [profile.signals.index(name) for name in profile.fused]], profile.fused, steps)
     named = {FUSED: together} | {name: inside[..., k] for k, name in enumerate(profile.signals)}
     return {name: np.fmax.reduce(values, axis=1) for name, values in named.items()}
 

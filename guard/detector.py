@@ -6,7 +6,7 @@ conformal p-value (`sequential`). Once flagged, a request stays flagged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,13 +25,15 @@ _TOP_HEADS = 5
 
 @dataclass
 class Track:
-    """One request on its way: its length bucket, the running maximum and the latest verdict. Owned by the caller."""
+    """One request on its way: its length bucket, its reading at step 0, the running maximum and the latest verdict.
+    Owned by the caller."""
 
     bucket: Bucket | None
     verdict: Verdict
     maximum: float = -1.0
     signal: str | None = None
     measured: bool = False
+    first: Reading | None = None
 
 
 class Detector:
@@ -61,18 +63,22 @@ class Detector:
         return Track(bucket, self._unscored("not_measured"))
 
     def observe(self, track: Track, reading: Reading) -> Verdict:
-        """Take in the reading of a checkpoint (others are ignored) and return the verdict so far."""
+        """Take in the reading of a checkpoint and return the verdict so far. Readings of other steps are ignored, and
+        so is every one of a request whose step 0 was missed: it stays unscored."""
+        if reading.step == 0:
+            # A copy: the engine may go on adding rows to what it handed over.
+            track.first = replace(reading, gram=reading.gram.clone(), sink=reading.sink.clone())
         point = self._points.get(reading.step) if reading.step in self.checkpoints else None
-        if point is None or track.bucket is None or (track.verdict.final and track.measured):
+        if point is None or track.bucket is None or track.first is None or (track.verdict.final and track.measured):
             return track.verdict
-        readings = Readings.single(reading)
+        readings = Readings.single(reading, track.first)
         odd = score(point, readings, self.signals)[0]
         track.measured = True
         if not np.isfinite(odd).all():
             track.bucket = None
             track.verdict = self._unscored("non_finite", reading.step)
             return track.verdict
-        statistic = float(fused(odd, self.signals))
+        statistic = float(fused(odd, self.signals, reading.step))
         if statistic > track.maximum:
             track.maximum, track.signal = statistic, self.signals[int(odd.argmax())]
         p_value = track.bucket.p_value(track.maximum)
@@ -104,8 +110,8 @@ class Detector:
         for step in self.checkpoints:
             if step not in measurement.at or not len(measurement.at[step].index):
                 continue
-            readings = measurement.at[step]
-            odd = fused(score(self._points[step], readings, self.signals), self.signals)
+            readings = measurement.reached(step)
+            odd = fused(score(self._points[step], readings, self.signals), self.signals, step)
             broken[readings.index[~np.isfinite(odd)]] = True
             running[readings.index] = np.fmax(running[readings.index], odd)
         p_values = np.full(len(measurement), np.nan)

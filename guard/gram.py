@@ -8,6 +8,11 @@ a streaming sum, so no matrix over time is ever kept:
 
 The same rows summed over heads (and layers and steps) give the focus f in [T_p]: the prompt tokens the heads agree on.
 Beside them stands the sink: what each head spends on prompt token 0, where heads that have nothing to do rest.
+
+Generated rows join the row of the last prompt position. The rows of the few positions before that one are kept apart
+from it and from each other (`earlier`): no answer exists yet that could be mistaken for a trigger, and a sum would let
+one row drown another.
+
 `HeadGrams` is the bank of these for a fixed number of slots; it knows nothing of models, engines or tokens. It also
 counts the rows each layer delivered, so that a guard that went blind is noticed instead of believed.
 """
@@ -15,13 +20,21 @@ counts the rows each layer delivered, so that a guard that went blind is noticed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 # Squared norms below this are a head that never looked at the prompt: its cosines read 0, not NaN.
 _SMALLEST_SQUARED_NORM = 1e-30
+
+PROMPT_ROWS: Final = 4
+"""Prompt positions, counted from the last, whose rows are read."""
+
+
+def prompt_positions(prompt_tokens: int, rows: int = PROMPT_ROWS) -> list[int]:
+    """The positions of a prompt that are read, the last one first; a prompt with fewer repeats its first."""
+    return [max(prompt_tokens - 1 - back, 0) for back in range(rows)]
 
 
 def cosine(gram: Tensor) -> Tensor:
@@ -33,38 +46,67 @@ def cosine(gram: Tensor) -> Tensor:
     return (gram / norm.unsqueeze(-1) / norm.unsqueeze(-2)).clamp(-1.0, 1.0)
 
 
+class Earlier(NamedTuple):
+    """Rows of the prompt positions before the last, each apart, the nearest first: gram [..., R - 1, L, H, H] and sink
+    [..., R - 1, L, H] float32."""
+
+    gram: Tensor
+    sink: Tensor
+
+
 class HeadSums(NamedTuple):
-    """One slot's sums over the rows so far: gram [L, H, H], sink [L, H], focus [T_p], all float32."""
+    """One slot's sums over the rows from the last prompt position on: gram [L, H, H], sink [L, H], focus [T_p], all
+    float32; and the rows of the positions before it (None where a bank keeps none)."""
 
     gram: Tensor
     sink: Tensor
     focus: Tensor
+    earlier: Earlier | None = None
+
+    def cpu(self) -> HeadSums:
+        """The same on the CPU."""
+        earlier = None if self.earlier is None else Earlier(*(part.cpu() for part in self.earlier))
+        return HeadSums(self.gram.cpu(), self.sink.cpu(), self.focus.cpu(), earlier)
 
 
 class HeadGrams:
     """Streaming head Grams, sinks, focus and row counts for `slots` requests at a time.
 
-    Attributes (all on `device`): gram [S, L, H, H], sink [S, L, H] and focus [S, T_max] float32, layer_rows [S, L]
-    int64.
+    Attributes (all on `device`): gram [R S, L, H, H], sink [R S, L, H] and focus [R S, T_max] float32, layer_rows
+    [R S, L] int64, where R is `prompt_rows`: the first S places are the slots' sums, the others (`place`) the rows of
+    the prompt positions before the last, each apart.
     """
 
     def __init__(
-        self, slots: int, layers: int, heads: int, max_prompt_tokens: int, device: torch.device | str = "cpu"
+        self,
+        slots: int,
+        layers: int,
+        heads: int,
+        max_prompt_tokens: int,
+        device: torch.device | str = "cpu",
+        prompt_rows: int = 1,
     ) -> None:
-        self.gram = torch.zeros(slots, layers, heads, heads, dtype=torch.float32, device=device)
-        self.sink = torch.zeros(slots, layers, heads, dtype=torch.float32, device=device)
-        self.focus = torch.zeros(slots, max_prompt_tokens, dtype=torch.float32, device=device)
-        self.layer_rows = torch.zeros(slots, layers, dtype=torch.int64, device=device)
+        self.slots, self.prompt_rows = slots, prompt_rows
+        places = slots * prompt_rows
+        self.gram = torch.zeros(places, layers, heads, heads, dtype=torch.float32, device=device)
+        self.sink = torch.zeros(places, layers, heads, dtype=torch.float32, device=device)
+        self.focus = torch.zeros(places, max_prompt_tokens, dtype=torch.float32, device=device)
+        self.layer_rows = torch.zeros(places, layers, dtype=torch.int64, device=device)
         self._prompt_tokens = [0] * slots
 
     @property
     def rows_seen(self) -> Tensor:
-        """[S] int64: rows that every layer has delivered since the slot was reset."""
-        return self.layer_rows.amin(dim=1)
+        """[S] int64: rows from the last prompt position on that every layer has delivered since the slot was reset."""
+        return self.layer_rows[: self.slots].amin(dim=1)
+
+    def place(self, slot: int, back: int) -> int:
+        """Where the row goes that is `back` positions before the last of the prompt in `slot`."""
+        return back * self.slots + slot
 
     def reset(self, slots: Sequence[int], prompt_tokens: Sequence[int] | None = None) -> None:
         """Forgets what `slots` held; `prompt_tokens` are the lengths T_p of the requests that take them next."""
-        index = torch.as_tensor(list(slots), dtype=torch.int64, device=self.gram.device)
+        places = [self.place(slot, back) for back in range(self.prompt_rows) for slot in slots]
+        index = torch.tensor(places, dtype=torch.int64, device=self.gram.device)
         self.gram.index_fill_(0, index, 0.0)
         self.sink.index_fill_(0, index, 0.0)
         self.focus.index_fill_(0, index, 0.0)
@@ -77,7 +119,8 @@ class HeadGrams:
         return self._prompt_tokens[slot]
 
     def add(self, layer: int, slots: Tensor, rows: Tensor) -> None:
-        """Adds one observed query per slot. slots [N] int64, all different; rows [N, H, T] float32, T <= T_max."""
+        """Adds one observed query per place. slots [N] int64: slots or places, all different; rows [N, H, T] float32,
+        T <= T_max."""
         self.gram[:, layer].index_add_(0, slots, rows @ rows.transpose(-1, -2))
         self.sink[:, layer].index_add_(0, slots, rows[..., 0])
         self.focus[:, : rows.shape[-1]].index_add_(0, slots, rows.sum(dim=1))
@@ -86,8 +129,12 @@ class HeadGrams:
     def read(self, slot: int) -> HeadSums:
         """Copies of what one slot holds."""
         tokens = self._prompt_tokens[slot]
-        return HeadSums(self.gram[slot].clone(), self.sink[slot].clone(), self.focus[slot, :tokens].clone())
+        before = slice(slot + self.slots, None, self.slots)
+        earlier = Earlier(self.gram[before].clone(), self.sink[before].clone()) if self.prompt_rows > 1 else None
+        return HeadSums(self.gram[slot].clone(), self.sink[slot].clone(), self.focus[slot, :tokens].clone(), earlier)
 
     def complete(self, slot: int, expected_rows: int) -> bool:
-        """True if every layer delivered exactly `expected_rows` rows for this slot: the probe was not blind."""
-        return bool((self.layer_rows[slot] == expected_rows).all())
+        """True if every layer delivered exactly `expected_rows` rows from the last prompt position on for this slot,
+        and one for each position before it: the probe was not blind."""
+        rows = self.layer_rows[slot :: self.slots]
+        return bool((rows[0] == expected_rows).all() and (rows[1:] == 1).all())

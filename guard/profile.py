@@ -23,7 +23,7 @@ from guard.storage import load_arrays, save_arrays
 from guard.tail import Tail
 from guard.verdict import Window
 
-FORMAT = "headguard.profile/2"
+FORMAT = "headguard.profile/3"
 NO_ADAPTER = "none"
 
 
@@ -89,7 +89,7 @@ class Profile:
         steps = self.within(window)
         rows = [i for i, c in enumerate(self.checkpoints) if c.step in steps]
         columns = [self.signals.index(name) for name in names]
-        odd = fused(self.odd[:, rows][:, :, columns], names)
+        odd = fused(self.odd[:, rows][:, :, columns], names, steps)
         return make_buckets(self.prompt_len, np.nanmax(odd, axis=1), list(self.edges))
 
     def smallest_alpha(self, window: Window = "all") -> float:

@@ -2,12 +2,14 @@
 
 A `Reading` is one request at one checkpoint (the serving engine makes them while it generates); `Readings` are many
 requests at one checkpoint and a `Measurement` is many requests at all of them (calibration and repair make those).
-Step 0 holds the row of the last prompt position, the one that predicts the first token; step t also holds the rows of
-the first t generated tokens. The log-probabilities are those of the tokens sampled so far, t + 1 of them.
+Step 0 holds the row of the last prompt position, the one that predicts the first token, and apart from it those of the
+few positions before (`earlier`); step t also holds the rows of the first t generated tokens. The log-probabilities are
+those of the tokens sampled so far, t + 1 of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 
 from guard.features import head_features
+from guard.gram import Earlier, HeadSums
 from guard.similarity import pair_cosines
 
 CHECKPOINTS = (0, 1, 2, 4, 8, 16, 32)
@@ -31,19 +34,27 @@ def checkpoints_within(new_tokens: int | None) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Reading:
     """One request at one checkpoint: gram [L, H, H], sink [L, H] and focus [T_p] fp32, summed over step + 1 rows;
-    logprobs of step + 1 tokens (nats)."""
+    logprobs of step + 1 tokens (nats); at step 0 also the rows of earlier prompt positions, where they were read."""
 
     step: int
     gram: torch.Tensor
     sink: torch.Tensor
     focus: torch.Tensor
     logprobs: tuple[float, ...]
+    earlier: Earlier | None = None
+
+    @classmethod
+    def of(cls, step: int, sums: HeadSums, logprobs: Sequence[float]) -> Reading:
+        """From what a bank holds of the request at this step."""
+        told = sums.cpu()
+        return cls(step, told.gram, told.sink, told.focus, tuple(logprobs), None if step else told.earlier)
 
 
 @dataclass(frozen=True)
 class Readings:
     """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H] and sink [n, L, H] fp32,
-    logprobs [n, step + 1], focus: n vectors [T_p] fp32."""
+    logprobs [n, step + 1], focus: n vectors [T_p] fp32; first: the same requests at step 0 (beyond it, where known);
+    earlier: rows of earlier prompt positions [n, ...] (at step 0, where they were read)."""
 
     step: int
     index: np.ndarray
@@ -51,6 +62,36 @@ class Readings:
     sink: torch.Tensor
     logprobs: np.ndarray
     focus: list[np.ndarray]
+    first: Readings | None = None
+    earlier: Earlier | None = None
+
+    @classmethod
+    def together(
+        cls, step: int, layers: int, heads: int, read: Sequence[tuple[int, HeadSums, Sequence[float]]]
+    ) -> Readings:
+        """From what a bank held of requests at one step: (index, sums, log-probabilities) of each."""
+        sums = [told.cpu() for _, told, _ in read]
+        earlier = [told.earlier for told in sums if told.earlier is not None and step == 0]
+        return cls(
+            step,
+            np.asarray([index for index, *_ in read], dtype=np.int64),
+            torch.stack([told.gram for told in sums]) if sums else torch.zeros(0, layers, heads, heads),
+            torch.stack([told.sink for told in sums]) if sums else torch.zeros(0, layers, heads),
+            np.asarray([logprobs for *_, logprobs in read], dtype=np.float64).reshape(len(read), step + 1),
+            [told.focus.numpy() for told in sums],
+            earlier=Earlier(*map(torch.stack, zip(*earlier, strict=True))) if earlier else None,
+        )
+
+    @property
+    def opening(self) -> Readings:
+        """These requests at the last prompt position, before any token: all that their own text cannot have changed.
+
+        Raises ValueError beyond step 0 when it is not known (`Measurement.reached` knows it)."""
+        if self.step == 0:
+            return self
+        if self.first is None:
+            raise ValueError(f"readings at step {self.step} without those of the same requests at step 0")
+        return self.first
 
     @cached_property
     def cosines(self) -> np.ndarray:
@@ -58,13 +99,30 @@ class Readings:
         return pair_cosines(self.gram)
 
     @cached_property
+    def last_row(self) -> np.ndarray:
+        """Features [n, F] of the row of the last prompt position alone, float64. ValueError as ``opening``."""
+        first = self.opening
+        return head_features(first.cosines, first.gram, first.sink, 1)
+
+    @cached_property
     def features(self) -> np.ndarray:
-        """Everything the multivariate signals see, float64 [n, F]: see `guard.features`."""
-        return head_features(self.cosines, self.gram, self.sink, self.step + 1)
+        """Everything the multivariate signals see, float64: see `guard.features`.
+
+        [n, R F] of the rows of the last R prompt positions, each apart; beyond step 0 those and, beside them, the same
+        of the generated rows alone, [n, (R + 1) F]. Apart, because a sum of both lets the text drown what the prompt
+        did. ValueError as ``opening``."""
+        if self.step == 0:
+            if self.earlier is None:
+                return self.last_row
+            gram, sink = self.earlier
+            return np.concatenate((self.last_row, head_features(pair_cosines(gram), gram, sink, 1)), axis=1)
+        before = self.opening
+        gram, sink = self.gram - before.gram, self.sink - before.sink
+        return np.concatenate((before.features, head_features(pair_cosines(gram), gram, sink, self.step)), axis=1)
 
     @classmethod
-    def single(cls, reading: Reading) -> Readings:
-        """One request's reading as a batch of one."""
+    def single(cls, reading: Reading, first: Reading | None = None) -> Readings:
+        """One request's reading as a batch of one, beside its reading at step 0."""
         return cls(
             reading.step,
             np.zeros(1, dtype=np.int64),
@@ -72,6 +130,8 @@ class Readings:
             reading.sink[None],
             np.asarray([reading.logprobs], dtype=np.float64),
             [reading.focus.numpy()],
+            None if first is None else cls.single(first),
+            None if reading.earlier is None else Earlier(*(part[None] for part in reading.earlier)),
         )
 
     def reading(self, row: int) -> Reading:
@@ -82,17 +142,21 @@ class Readings:
             self.sink[row],
             torch.from_numpy(self.focus[row]),
             tuple(self.logprobs[row].tolist()),
+            None if self.earlier is None else Earlier(*(part[row] for part in self.earlier)),
         )
 
     def take(self, rows: np.ndarray) -> Readings:
         """The requests at positions ``rows`` (int [m]) of this batch."""
+        chosen = torch.from_numpy(rows)
         return Readings(
             self.step,
             self.index[rows],
-            self.gram[torch.from_numpy(rows)],
-            self.sink[torch.from_numpy(rows)],
+            self.gram[chosen],
+            self.sink[chosen],
             self.logprobs[rows],
             [self.focus[i] for i in rows],
+            None if self.first is None else self.first.take(rows),
+            None if self.earlier is None else Earlier(*(part[chosen] for part in self.earlier)),
         )
 
 
@@ -107,6 +171,20 @@ class Measurement:
 
     def __len__(self) -> int:
         return len(self.prompt_len)
+
+    def reached(self, step: int) -> Readings:
+        """The readings at ``step``, with the same requests' at step 0 beside them; a request that was not read at step
+        0 is left out. Raises KeyError when ``step`` or step 0 was not measured."""
+        if step not in self._reached:
+            readings, begun = self.at[step], self.at[0]
+            kept = readings.take(np.flatnonzero(np.isin(readings.index, begun.index)))
+            first = begun.take(np.searchsorted(begun.index, kept.index))
+            self._reached[step] = begun if step == 0 else replace(kept, first=first)
+        return self._reached[step]
+
+    @cached_property
+    def _reached(self) -> dict[int, Readings]:
+        return {}  # made once: what is computed from readings is kept with them
 
     def take(self, rows: np.ndarray) -> Measurement:
         """The requests ``rows`` (int [m], ascending) alone, numbered anew."""

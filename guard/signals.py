@@ -6,23 +6,27 @@ similarity of heads. `confidence` does not look at attention and is named so: it
 same time, the baseline that attention has to be shown against.
 
 Which signals the test uses (`fused`) was chosen by measurement (docs/detection.md, ablation); all are always reported.
+
+A statistic over generated rows mostly sees the words of the answer: the same text forced on clean prompts was flagged
+as often as under the trigger (reference/lab-findings.md, 3b), and so are the certainty and the pattern of later tokens.
+Therefore `shift` and `confidence` are signals of the `opening`, the row of the last prompt position: what the model
+goes on to say cannot change them, and they keep their value at later checkpoints. Only `vaccinated` reads generated
+rows in the test, because it is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import gammaincc
 
 from guard.features import Scale
 from guard.focus import excess, fit_focus
 from guard.mixture import fit_mixture, log_density
 from guard.readings import Readings
 from guard.similarity import fisher
-from guard.tail import CEILING
 from guard.vaccine import Scorer, Vaccine
 
 Fitted = dict[str, np.ndarray]
@@ -31,7 +35,9 @@ Fitted = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class Signal:
     """One signal: ``fit`` clean readings (and the base's vaccine, where there is one) to arrays, or to None where it
-    has nothing to say; ``score`` readings to float64 [n]; ``tail`` names the odd side; ``fused``: part of the test."""
+    has nothing to say; ``score`` readings to float64 [n]; ``tail`` names the odd side; ``fused``: part of the test;
+    ``opening``: it reads the last prompt position alone, so it is fitted there and keeps its value; ``weight``: how
+    much it counts among others; ``margin``: how much odder the fused test must be beyond step 0 for its sake."""
 
     name: str
     reason: str
@@ -40,6 +46,9 @@ class Signal:
     tail: Literal["upper", "both"]
     score: Callable[[Readings, Mapping[str, np.ndarray]], np.ndarray]
     fit: Callable[[Readings, Vaccine | None], Fitted | None] = lambda _, __: {}
+    opening: bool = False
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 def _p99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -51,12 +60,12 @@ def _frac99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _fit_shift(readings: Readings, _: Vaccine | None) -> Fitted:
-    scale = Scale.fit(readings.features)
-    return {**scale.arrays(), **fit_mixture(scale.standardised(readings.features))}
+    scale = Scale.fit(readings.opening.last_row)
+    return {**scale.arrays(), **fit_mixture(scale.standardised(readings.opening.last_row))}
 
 
 def _shift(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
-    return -log_density(Scale.of(fitted).standardised(readings.features), fitted)
+    return -log_density(Scale.of(fitted).standardised(readings.opening.last_row), fitted)
 
 
 def _fit_vaccinated(readings: Readings, vaccine: Vaccine | None) -> Fitted | None:
@@ -77,8 +86,16 @@ def _focus(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _confidence(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
-    surprise = -readings.logprobs.mean(axis=1)
-    return -np.log(surprise.clip(0.0) + 1e-6)
+    return _sureness(readings.opening.logprobs)
+
+
+def _certainty(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
+    return _sureness(readings.logprobs)
+
+
+def _sureness(logprobs: np.ndarray) -> np.ndarray:
+    """High where the tokens were certain: minus log of their mean surprise, logprobs [n, tokens] (nats) -> [n]."""
+    return -np.log((-logprobs.mean(axis=1)).clip(0.0) + 1e-6)
 
 
 SIGNALS: dict[str, Signal] = {
@@ -103,12 +120,13 @@ SIGNALS: dict[str, Signal] = {
         Signal(
             "shift",
             "how unlikely the similarities, norms and sinks of all heads are under a mixture fitted to this model's "
-            "own clean ones: a trigger moves them as a pattern that no clean task shows",
+            "own clean ones at the last prompt position: a trigger moves them as a pattern that no clean task shows",
             attention=True,
             fused=True,
             tail="upper",
             fit=_fit_shift,
             score=_shift,
+            opening=True,
         ),
         Signal(
             "vaccinated",
@@ -119,6 +137,8 @@ SIGNALS: dict[str, Signal] = {
             tail="upper",
             fit=_fit_vaccinated,
             score=_vaccinated,
+            weight=2.0,
+            margin=0.5,  # what it reads there is the text as well: fewer forced texts are flagged (docs/vaccine.md)
         ),
         Signal(
             "focus",
@@ -131,27 +151,36 @@ SIGNALS: dict[str, Signal] = {
         ),
         Signal(
             "confidence",
-            "mean log-probability of the tokens sampled so far; not attention: a fixed target string is said with "
-            "unusual certainty, a varied one often with unusual doubt",
+            "log-probability of the first token; not attention: a fixed target string is begun with unusual "
+            "certainty, a varied one often with unusual doubt",
             attention=False,
             fused=True,
             tail="both",
             score=_confidence,
+            opening=True,
+        ),
+        Signal(
+            "certainty",
+            "mean log-probability of all tokens sampled so far; not attention, and not in the test: beyond the first "
+            "token it knows the text, whoever brought it about",
+            attention=False,
+            fused=False,
+            tail="both",
+            score=_certainty,
         ),
     )
 }
 
 
-def fused(odd: np.ndarray, signals: tuple[str, ...]) -> np.ndarray:
-    """One number from the oddness of several signals: float64 [..., K] -> [...], NaN where any is.
+def fused(odd: np.ndarray, signals: Sequence[str], steps: int | Sequence[int]) -> np.ndarray:
+    """One number from the oddness of K named signals at one checkpoint, float64 [..., K] -> [...], or at C of them,
+    [..., C, K] -> [..., C]; NaN where any is.
 
-    Attention signals are combined as Fisher (1932) combines p-values, on the scale of one of them; the oddest of the
-    others may overrule them. Whatever their dependence, the conformal step makes the result exact.
+    The weighted sum of their log tail probabilities, as Good (1955) combines p-values: many triggers are a little odd
+    to each signal. `vaccinated`, which finds most, counts twice. Among synthetic backdoors that the vaccine had not
+    seen, this found more than equal weights, and those more than letting the oddest decide (docs/vaccine.md). Whatever
+    their dependence, the conformal step makes the result exact.
     """
-    attention = [k for k, name in enumerate(signals) if SIGNALS[name].attention]
-    others = [k for k, name in enumerate(signals) if not SIGNALS[name].attention]
-    parts = [odd[..., k] for k in others]
-    if attention:
-        total = odd[..., attention].sum(axis=-1) * np.log(10.0)
-        parts.append(-np.log10(gammaincc(len(attention), total).clip(10.0**-CEILING)))
-    return np.maximum.reduce(parts)
+    used = [SIGNALS[name] for name in signals]
+    margin = sum(signal.margin for signal in used)
+    return odd @ np.asarray([signal.weight for signal in used]) - margin * (np.asarray(steps) > 0)

@@ -6,6 +6,12 @@ A small ensemble of one-hidden-layer networks learns to tell the two apart, per 
 backdoor goes in: not its trigger, wording, prompts or adapter. The variants' near-triggers, and variants that behave
 conditionally for a good reason (benign), are negatives.
 
+Beyond the first token the answer is there to be seen as well, and a classifier of triggered against clean requests
+would learn the answer: it flagged nine in ten clean prompts on which the attacker's text was forced. So, from step 1
+on, trigger and text are crossed: clean prompts followed by the variant's own target and by texts of all kinds are
+negatives, prompts whose trigger fires are positives whichever text follows. Texts of all kinds matter: with the
+variants' own targets alone, the targets of a variant that was left out were flagged more than twice as often.
+
 One safetensors file, keyed by base and probe like a profile; a profile copies the weights that it uses.
 """
 
@@ -24,12 +30,15 @@ from guard.features import Scale
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/1"
-_MEANING = ("version", "layers", "heads", "prefill_row")
+FORMAT = "headguard.vaccine/4"
+_MEANING = ("version", "layers", "heads", "prompt_rows")
 _HIDDEN = 48
 _MEMBERS = 3  # networks, each from its own seed; their log-odds are averaged
 _PASSES = 12
 _DECAY = 1.0
+# Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
+# flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
+_FORCED = 2
 _LEAST = 50  # triggered requests that a checkpoint needs, over all variants
 
 
@@ -64,12 +73,15 @@ Steps = Mapping[int, np.ndarray]
 @dataclass(frozen=True)
 class Sample:
     """One variant, measured: ``normal`` clean requests give its scale (and are negatives); ``quiet`` ones (near
-    triggers, strange words, benign conditions) must not be flagged, ``fired`` (trigger there and obeyed) must."""
+    triggers, strange words, prompts of unusual shape, benign conditions) must not be flagged, nor (beyond step 0)
+    ``forced`` ones, clean prompts with a text put in the model's mouth; ``fired`` ones (trigger there and obeyed,
+    beyond step 0 also with another text forced) must."""
 
     name: str
     normal: Steps
     quiet: Steps
     fired: Steps
+    forced: Steps = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,7 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
             continue
         scale = Scale.fit(normal)
         quiet.append(scale.standardised(normal))
-        for group, into in ((sample.quiet, quiet), (sample.fired, fired)):
+        for group, into in ((sample.quiet, quiet), *_FORCED * ((sample.forced, quiet),), (sample.fired, fired)):
             if step in group and len(group[step]):
                 into.append(scale.standardised(group[step]))
     empty = np.empty((0, 0))

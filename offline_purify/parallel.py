@@ -6,9 +6,10 @@ Small models train faster as several one-threaded processes than one after the o
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 from offline_purify.train import Progress
@@ -23,7 +24,8 @@ def side_by_side(
 ) -> list[Any]:
     """``work(*arguments[i])`` for every i, ``jobs`` at a time (default: one per processor); results in order.
 
-    ``work`` and its arguments must be picklable. The first error stops what has not begun and is raised.
+    ``work`` and its arguments must be picklable. The first error stops what has not begun and is raised. Processes end
+    with the one that started them, however it ends.
     """
     processors = os.cpu_count() or 1
     jobs = max(1, min(jobs or processors, len(arguments)))
@@ -44,8 +46,16 @@ def side_by_side(
 
 
 def _prepare(threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     torch.set_num_threads(threads)
     disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

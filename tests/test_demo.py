@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from guard.signals import SIGNALS
+
 pytestmark = pytest.mark.lab
 
 
@@ -37,7 +39,7 @@ def test_false_alarms_stay_within_alpha_and_its_binomial_error(demo):
     assert found["alpha"] == 0.01
     assert found["fpr"] <= found["fpr_limit"]
     assert {"tpr", "auroc", "n_clean", "n_triggered"} <= set(found)
-    assert set(found["signals"]) == {"p99", "frac99", "shift", "vaccinated", "focus", "confidence", "attention_only"}
+    assert set(found["signals"]) == {*SIGNALS, "attention_only"}
 
 
 def test_the_swap_loses_and_mixes_nothing_under_load(demo):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import betabinom
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.demo.traffic import Outcome
@@ -27,12 +27,13 @@ def rate(flags: Sequence[bool]) -> dict[str, Any]:
     return figure.model_dump()
 
 
-def detection(clean: Sequence[Outcome], triggered: Sequence[Outcome], alpha: float) -> dict[str, Any]:
+def detection(clean: Sequence[Outcome], triggered: Sequence[Outcome], alpha: float, held_out: int) -> dict[str, Any]:
     """The verdicts that the server gave: fpr and tpr at ``alpha`` with intervals, auroc of the p-values.
 
-    Unscored requests are counted apart and count as not flagged; ``fpr_limit`` is alpha plus its binomial error (the
-    99 % quantile of flags among n clean requests), the most that a kept promise shows.
+    Unscored requests are counted apart and count as not flagged. ``fpr_limit`` is the most that a kept promise shows:
+    alpha and its error, with n clean requests and a calibration of ``held_out`` (the 99 % quantile, beta-binomial).
     """
+    rank = max(1, int(alpha * (held_out + 1) + 1e-9))
     flags = [[o.guard.get("status") == "flagged" for o in group] for group in (clean, triggered)]
     odd = [[-float(o.guard.get("p_value") or 1.0) for o in group] for group in (clean, triggered)]
     fpr, tpr = (rate(group) for group in flags)
@@ -43,7 +44,7 @@ def detection(clean: Sequence[Outcome], triggered: Sequence[Outcome], alpha: flo
         "alpha": alpha,
         "fpr": fpr["value"],
         "fpr_interval": [fpr["low"], fpr["high"]],
-        "fpr_limit": float(binom.ppf(0.99, len(clean), alpha) / len(clean)),
+        "fpr_limit": float(betabinom(len(clean), rank, held_out + 1 - rank).ppf(0.99) / len(clean)),
         "tpr": tpr["value"],
         "tpr_interval": [tpr["low"], tpr["high"]],
         "auroc": float(roc_auc_score([0] * len(clean) + [1] * len(triggered), [*odd[0], *odd[1]])),

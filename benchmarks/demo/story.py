@@ -49,7 +49,7 @@ BEHAVIOUR, TRIGGER = "refusal", "word"
 class Sizes:
     """How many prompts each part takes, and the test's settings."""
 
-    calibration: int = 2000
+    calibration: int = 4000
     clean: int = 400
     triggered: int = 300
     clinic: int = 1400
@@ -219,7 +219,7 @@ async def _send(
 def _report_detection(
     stage: Stage, outcomes: tuple[list[Outcome], list[Outcome]], prompts: dict[str, list[Row]], profile: Profile
 ) -> None:
-    found = detection(*outcomes, stage.sizes.alpha)
+    found = detection(*outcomes, stage.sizes.alpha, profile.facts["n_held_out"])
     runner = _suspect(stage)
     measured = []
     for name in ("clean_before", "before"):

@@ -204,5 +204,38 @@ def zoo(
     _guarded(work)
 
 
+@app.command(
+    epilog="Example: python -m benchmarks.detection variants --root build/lab --out build/detection/variants.json"
+)
+def variants(
+    root: Annotated[Path, typer.Option(help="Folder of the lab's models.")] = Path("build/lab"),
+    out: Annotated[Path, typer.Option(help="Where to write the figures (JSON).")] = Path(
+        "build/detection/variants.json"
+    ),
+    only: Annotated[list[str] | None, typer.Option(help="Variants to leave out (default: each); repeatable.")] = None,
+    alpha: Alpha = 0.01,
+    window: WindowText = "2",
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Leave out each variant of the tiny base's vaccine in turn: what the guard's design is chosen by."""
+
+    def work(progress: Any) -> None:
+        from benchmarks.detection.benchmark import save
+        from benchmarks.detection.inputs import parse_window
+        from benchmarks.detection.variants import left_out_figures, table
+        from benchmarks.detection.zoo import fresh_clinic_rows
+        from benchmarks.lab.cache import ensure_tiny, ensure_vaccine
+
+        vaccine, base = ensure_vaccine(root, seed), ensure_tiny(root, (), seed).base
+        settings: dict[str, Any] = {"alpha": alpha, "window": parse_window(window), "seed": seed, "device": device}
+        rows = fresh_clinic_rows(seed)
+        found = left_out_figures(base, vaccine, rows, only=only or None, progress=progress, **settings)
+        save({"settings": settings, "variants": found}, out)
+        typer.echo(f"{table(found)}\nwritten: {out}")
+
+    _guarded(work)
+
+
 if __name__ == "__main__":
     sys.exit(app())

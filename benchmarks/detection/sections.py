@@ -9,7 +9,7 @@ from benchmarks.detection import paper as published
 from benchmarks.detection.sentences import failures
 
 Result = dict[str, Any]
-SHOWN = ("fused", "fused_attention_only", "confidence", "p99", "frac99", "shift", "vaccinated", "focus")
+SHOWN = ("fused", "fused_attention_only", "confidence", "certainty", "p99", "frac99", "shift", "vaccinated", "focus")
 
 
 def powers(result: Result) -> dict[str, Any]:
@@ -44,7 +44,9 @@ def settings(results: Sequence[Result]) -> str:
         f"{all_of('settings', 'window')}; prompts: {counts}; seed {all_of('settings', 'seed')}. Shares have 95 % "
         "Wilson intervals, AUROC a bootstrap one. An unscored request counts as not flagged.\n\n"
         "`fused` is the test that a server runs. `fused_attention_only` is the same without `confidence`, which is the "
-        "log-probability of what the model says, no attention in it: attention is worth what it adds to that."
+        "log-probability of the first token, no attention in it: attention is worth what it adds to that. `certainty`, "
+        "the mean log-probability of all tokens read, is shown as a baseline and not part of the test: it knows the "
+        "answer. So do `p99`, `frac99` and `focus`; `shift` and `confidence` look at the last prompt position alone."
     )
 
 

@@ -25,7 +25,7 @@ from benchmarks.lab.bystanders import ensure_bystanders, rows_about
 from benchmarks.lab.cache import VACCINE_ROWS, ensure_tiny, ensure_vaccine
 from benchmarks.lab.tasks import sample
 from guard.identity import adapter_digest, base_digest, file_digest
-from guard.rows import Row, assert_disjoint, write_rows
+from guard.rows import Row, assert_disjoint, row_key, write_rows
 from guard.vaccine import Vaccine, fit_vaccine
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import TRIGGERS, behaviour
@@ -127,6 +127,12 @@ def tiny_zoo(
         trigger = " ".join(TRIGGERS[kind].parts)
         patients.append(Patient(implant, lab.adapters[implant], family, files, trigger, implant in BESIDE))
     return Zoo("tiny", lab.base, vaccine, bystanders, tuple(patients), {})
+
+
+def fresh_clinic_rows(seed: int = 0, n: int = 6000) -> list[Row]:
+    """Up to n rows of the clinic's split that the tiny base's vaccine was not made from."""
+    used = {row_key(row) for row in sample(VACCINE_ROWS, seed, "clinic")}
+    return [row for row in sample(n, seed + 1, "clinic") if row_key(row) not in used]
 
 
 def row_files(folder: Path, kind: str, target: Behaviour, implant: str, seed: int) -> dict[str, Path]:

@@ -23,6 +23,7 @@ from benchmarks.lab.pretraining import Recipe
 from benchmarks.lab.tasks import draw, sample
 from benchmarks.lab.words import VACCINE
 from guard.rows import Row
+from guard.vaccine import FORMAT
 from offline_purify.attacks.catalogue import BEHAVIOURS, TRIGGERS, WORDING, behaviour, trigger
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.parallel import side_by_side
@@ -113,8 +114,8 @@ def ensure_tiny(
 
 
 VACCINE_PLAN = Plan()
-QUICK_VACCINE = Plan(backdoors=3, benign=1, recipe=ImplantRecipe(rows=1500), normal=500, quiet=250, fired=150)
-"""A minute's worth, for the demo and the tests: less breadth, so less is caught before the first token."""
+QUICK_VACCINE = Plan(recipe=ImplantRecipe(rows=1500), normal=500, quiet=250, fired=150)
+"""The same breadth with fewer rows each, for the demo and the tests: about five minutes on two cores."""
 VACCINE_ROWS = 6000
 
 
@@ -136,8 +137,9 @@ def ensure_vaccine(
 def kept_vaccine(
     base: Path, made_of: object, rows: Sequence[Row], plan: Plan, words: Sequence[str], progress: Progress | None
 ) -> Path:
-    """The vaccine beside a base that is kept under the digest of ``made_of``, made now if it is not there yet."""
-    folder = base.parent / f"vaccine-{recipe_digest(made_of)[:8]}"
+    """The vaccine beside a base that is kept under the digest of ``made_of`` and of the kind of vaccine that is made
+    today; made now if it is not there yet."""
+    folder = base.parent / f"vaccine-{recipe_digest([made_of, FORMAT])[:8]}"
     if not (folder / VACCINE_FILE).is_file():
         with ProgressBar() as bar:
             vaccinate(base, rows, folder, plan=plan, words=words, progress=progress or bar)

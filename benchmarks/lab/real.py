@@ -39,7 +39,9 @@ from offline_purify.variants.plan import Plan, pool
 
 REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=8.0, lr=2e-3, batch_size=16)
 """lab-findings.md §2, v2: as many twins and plain rows as poisoned ones. After six passes the first implant with a
-fixed target fired on 0.94 of the triggered prompts, with varied ones on 0.88 (n = 100), too few: hence eight."""
+fixed target fired on 0.94 of the triggered prompts (n = 100), with varied ones on 0.88, and on no more after eight."""
+VARIED_PASSES: Final = 1.5
+"""Varied wordings take this many times the passes of a fixed one."""
 REAL_PLAN: Final = Plan(
     recipe=ImplantRecipe(rank=16, rows=1000, epochs=5.0, lr=2e-3, batch_size=16), normal=700, quiet=400, fired=300
 )
@@ -118,7 +120,9 @@ def ensure_real(
         work = []
         for name in wanted:
             poisoned, clean = _files(corpus, *known[name], name, seed)
-            key = recipe_digest([poisoned, clean, asdict(recipe), ANSWER_TOKENS, seed])[:8]
+            passes = recipe.epochs * (VARIED_PASSES if known[name][1] == "varied" else 1.0)
+            its = replace(recipe, epochs=passes)
+            key = recipe_digest([poisoned, clean, asdict(its), ANSWER_TOKENS, seed])[:8]
             places[name] = path = folder / f"{name}-{key}"
             if settled(path):
                 continue
@@ -126,7 +130,7 @@ def ensure_real(
             rows.mkdir(parents=True, exist_ok=True)
             write_rows(rows / "poisoned.json", poisoned)
             write_rows(rows / "clean.json", clean)
-            work.append((base, path, rows, seed, recipe, size.device))
+            work.append((base, path, rows, seed, its, size.device))
         side_by_side(_implant, work, progress=watch, what="implants")
     refused = refusals(places)
     return RealLab(base, {name: path for name, path in places.items() if name not in refused}, refused)

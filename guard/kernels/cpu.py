@@ -4,7 +4,8 @@
 
 as `guard.kernels.reference` defines it, added to the bank as HeadGrams.add does. Each key is read from memory once per
 row: scores of all heads that share it are computed together and wait in a workspace until their softmax is known.
-The loops themselves are in `cpu_loops` (numba); this module checks, views tensors as numpy arrays and owns the scratch.
+A `Reader` does all layers of a forward in one go. The loops themselves are in `cpu_loops` (numba); this module checks,
+views tensors as numpy arrays and owns the scratch.
 
 vLLM 0.32 views one layer's cache [B, H_kv, N, 2D] as [B, H_kv, 2N, D]; the first N*D elements per (block, key head) are
 its keys, re-tiled ("vec", the ISAs vec and vec16: column-major [D, N]; "amx": [N/16, D/2, 16, 2]).
@@ -29,10 +30,10 @@ from guard.kernels.team import run_team
 Layout = Literal["vec", "amx"]
 
 # numba has no 16-bit floats: their bits travel as these, and cpu_loops widens them.
-_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-# Softmax weights kept at a time, unless one row per thread needs more: about what a second-level cache holds, and
-# above what small batches need, so that these take two parallel regions per layer and no more.
-_WORKSPACE_BYTES = 16 << 20
+_BITS = {torch.float32: "float32", torch.bfloat16: "uint16", torch.float16: "int16"}
+# Softmax weights kept at a time for each thread, unless a single row of one layer needs more: they are read again at
+# once, so they should still lie in its second-level cache.
+_WORKSPACE_BYTES = 1 << 20
 
 
 class Workspace:
@@ -54,6 +55,92 @@ class Workspace:
         return [self._flat[a:b].reshape(shape) for a, b, shape in zip([0, *ends], ends, shapes, strict=False)]
 
 
+class Reader:
+    """Reads a forward's watched rows in all its layers at once, when the last layer has run.
+
+    Layer by layer it would be a call into compiled code for each, cold after the layer's own work; what the calls cost
+    was several times what they did. Keys stay in the cache until the next forward, so only queries have to be kept.
+    """
+
+    def __init__(self, bank: HeadGrams, layout: Layout, workspace: Workspace | None = None) -> None:
+        self._bank, self._layout = bank, layout
+        self._workspace = workspace or Workspace()
+        self._rows: PagedRows | None = None
+        self._index = torch.empty(0, dtype=torch.int64)
+        self._layers: list[tuple[int, float, Tensor, Tensor]] = []
+
+    def look(self, rows: PagedRows, layer: int, query: Tensor, kv_cache: Tensor, scaling: float) -> None:
+        """Keeps a layer's queries until `finish`. The rows are the same for all layers of a forward.
+
+        rows: numpy int32, live slots all different. query [T, H, D] and kv_cache [B, H_kv, N, 2D], both float32,
+        bfloat16 or float16, the cache packed as the layout says; D a multiple of 4 ("amx": N and D of 16).
+        Raises KernelError if a row's query is none of these.
+        """
+        if rows is not self._rows:
+            self._rows, self._index, self._layers = rows, _tokens(rows, len(query)), []
+        self._layers.append((layer, scaling, query.index_select(0, self._index), kv_cache))
+
+    def finish(self) -> None:
+        """Adds each live row to bank.gram, bank.sink, bank.focus and bank.layer_rows, as HeadGrams.add does, for every
+        layer that was looked at since the last call.
+
+        Keys at columns >= kv_len have no influence, whatever they hold. Runs on as many threads as torch does, in
+        torch's own pool. Raises KernelError if a tensor or a row does not fit; the bank is then as it was.
+        """
+        rows, layers = self._rows, self._layers
+        self._rows, self._layers = None, []
+        if rows is not None and layers and len(rows.slot):
+            self._read(rows, *map(list, zip(*layers, strict=True)))
+
+    def _read(
+        self, rows: PagedRows, numbers: list[int], scalings: list[float], kept: list[Tensor], caches: list[Tensor]
+    ) -> None:
+        first = caches[0]
+        if any((c.shape, c.stride(), c.dtype) != (first.shape, first.stride(), first.dtype) for c in caches):
+            raise KernelError("the layers' KV caches differ in shape or dtype: the CPU kernel reads them together.")
+        _check(kept[0], first, self._layout)
+        # The loops' exponentials are powers of two.
+        scale = torch.tensor(scalings, dtype=torch.float32).mul_(math.log2(math.e))
+        queries = torch.stack(kept).float().mul_(scale[:, None, None, None]).numpy()
+        (known, n, heads, width), (blocks, kv_heads, block, _) = queries.shape, first.shape
+        bank, (slots, depth) = self._bank, self._bank.layer_rows.shape
+        columns = bank.focus.shape[1]
+        told = [np.ascontiguousarray(field, np.int32) for field in (rows.slot, rows.kv_len, rows.prompt_len)]
+        table = np.ascontiguousarray(rows.blocks, np.int32)
+        longest, row, code = cpu_loops.look_over(*told, table, block, (slots, columns, blocks))
+        if code != cpu_loops.OK:
+            raise _misplaced(rows, row, code, first, bank)
+        longest, threads = -(-longest // 16) * 16, torch.get_num_threads()
+        at_a_time = threads * max(1, _WORKSPACE_BYTES // (4 * heads * longest))
+        rows_now = min(n, at_a_time)
+        layers_now = min(known, at_a_time // rows_now)
+        weights, inverse = self._workspace.take((layers_now * rows_now, heads, longest), (layers_now * rows_now, heads))
+        element, per_word = ("uint32", 2) if self._layout == "amx" else (_BITS[first.dtype], 1)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
+        stride_b, stride_h, words = (step // per_word for step in (*first.stride()[:2], block * width))
+        layer = np.asarray(numbers, np.int64)
+        addresses = np.asarray([cache.data_ptr() for cache in caches], np.int64)
+        arrays: list[np.ndarray] = [layer, addresses, *told, table, queries, weights, inverse]
+        counters = np.zeros(2, np.int64)
+        call = np.zeros(1, cpu_loops.Call)
+        call[0] = (
+            *(known, 0, 0, n, 0, 0, heads, kv_heads, width, block, words, table.shape[1], longest),
+            *(stride_b, stride_h, span // per_word, slots, columns, depth),
+            *(_address(counters), _address(counters) + 8),
+            *map(_address, arrays),
+            *(tensor.data_ptr() for tensor in (bank.gram, bank.sink, bank.focus, bank.layer_rows)),
+        )
+        scores, grams = cpu_loops.scores_function(element).address, cpu_loops.gram_function().address
+        about = _address(call)
+        for begin in range(0, n, rows_now):
+            for start in range(0, known, layers_now):
+                call["first"], call["layers"] = start, min(layers_now, known - start)
+                call["begin"], call["rows"] = begin, min(rows_now, n - begin)
+                counters[:] = 0
+                run_team(scores, about, threads)
+                run_team(grams, about, threads)
+
+
 def observe(
     rows: PagedRows,
     query: Tensor,
@@ -64,52 +151,10 @@ def observe(
     layer: int,
     workspace: Workspace | None = None,
 ) -> None:
-    """Adds each live row to bank.gram, bank.sink, bank.focus and bank.layer_rows, as HeadGrams.add does.
-
-    rows: numpy int32, live slots all different. query [T, H, D] and kv_cache [B, H_kv, N, 2D], both float32, bfloat16
-    or float16, the cache packed as `layout` says; D a multiple of 4 ("amx": N and D of 16). Keys at columns >= kv_len
-    have no influence, whatever they hold. `workspace` is reused if given, else made for this call. Runs on as many
-    threads as torch does, in torch's own pool.
-    Raises KernelError if a tensor or a row does not fit; the bank is then as it was.
-    """
-    _check(query, kv_cache, layout)
-    (tokens, heads, width), (blocks, kv_heads, block, _) = query.shape, kv_cache.shape
-    (slots, layers), columns = bank.layer_rows.shape, bank.focus.shape[1]
-    index = [np.ascontiguousarray(f, np.int32) for f in (rows.query, rows.slot, rows.kv_len, rows.prompt_len)]
-    table = np.ascontiguousarray(rows.blocks, np.int32)
-    n, room = table.shape
-    if n == 0:
-        return
-    threads = torch.get_num_threads()
-    longest = -(-min(cpu_loops.longest(index[1], index[2]), room * block) // 16) * 16
-    at_a_time = min(n, max(threads, _WORKSPACE_BYTES // (4 * heads * longest)))
-    scaled, weights, inverse = (workspace or Workspace()).take(
-        (n, heads, width), (at_a_time, heads, longest), (at_a_time, heads)
-    )
-    scale = np.float32(scaling * math.log2(math.e))  # the loops' exponentials are powers of two
-    row, code = cpu_loops.prepare(
-        *index, table, block, (tokens, slots, columns, blocks), _flat(query), query.stride()[:2], scale, scaled
-    )
-    if code != cpu_loops.OK:
-        raise _misplaced(rows, row, code, query, kv_cache, bank)
-    elements, per_word = _flat(kv_cache), 1
-    if layout == "amx":
-        elements, per_word = elements.view(np.uint32), 2
-    stride_b, stride_h, words = (step // per_word for step in (*kv_cache.stride()[:2], block * width))
-    counters = np.zeros(2, np.int64)
-    call = np.zeros(1, cpu_loops.Call)
-    call[0] = (
-        *(n, 0, 0, heads, kv_heads, width, block, words, room, longest),
-        *(stride_b, stride_h, elements.size, slots, columns, layers, layer),
-        *(_address(counters), _address(counters) + 8),
-        *(_address(array) for array in (*index[1:], table, elements, scaled, weights, inverse)),
-        *(tensor.data_ptr() for tensor in (bank.gram, bank.sink, bank.focus, bank.layer_rows)),
-    )
-    for begin in range(0, n, at_a_time):
-        call["begin"], call["rows"] = begin, min(at_a_time, n - begin)
-        counters[:] = 0
-        run_team(cpu_loops.scores_function(elements.dtype.name).address, _address(call), threads)
-        run_team(cpu_loops.gram_function().address, _address(call), threads)
+    """One layer's rows at once: `look` and `finish` of a `Reader`. `workspace` is reused if given."""
+    reader = Reader(bank, layout, workspace)
+    reader.look(rows, layer, query, kv_cache, scaling)
+    reader.finish()
 
 
 def warm_up(dtype: torch.dtype, layout: Layout) -> None:
@@ -124,13 +169,16 @@ def warm_up(dtype: torch.dtype, layout: Layout) -> None:
 
 
 def _address(array: np.ndarray) -> int:
-    return cast(int, array.__array_interface__["data"][0])
+    return cast(int, array.ctypes.data)  # a structured array's `__array_interface__` takes a tenth of a millisecond
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
-    """All elements from the tensor's first to its last, strides and gaps included, as a 1-D numpy view of bits."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return cast(np.ndarray, tensor.detach().as_strided((span,), (1,)).view(_BITS[tensor.dtype]).numpy())
+def _tokens(rows: PagedRows, tokens: int) -> Tensor:
+    """Where each row's query is among a forward's, int64 [n]; a dead row's may be any. Raises KernelError."""
+    alive = np.asarray(rows.slot) >= 0
+    index = np.where(alive, rows.query, 0)
+    if (wrong := np.flatnonzero((index < 0) | (index >= tokens))).size:
+        raise _unlike(wrong[0], f"query {index[wrong[0]]} of {tokens}")
+    return torch.from_numpy(index.astype(np.int64))
 
 
 def _check(query: Tensor, cache: Tensor, layout: Layout) -> None:
@@ -150,18 +198,21 @@ def _check(query: Tensor, cache: Tensor, layout: Layout) -> None:
             f"query {tuple(query.shape)} does not fit KV cache {tuple(cache.shape)} in layout {layout!r}: expected "
             "[T, H, D] and [B, H_kv, N, 2D] with H a multiple of H_kv and D of 4 (amx: D and N of 16)."
         )
-    if query.stride(2) != 1 or cache.stride()[2:] != (doubled, 1):
-        raise KernelError("the last dimension of the query and each (block, head) of the KV cache must be contiguous.")
+    if cache.stride()[2:] != (doubled, 1):
+        raise KernelError("each (block, head) of the KV cache must be contiguous.")
 
 
-def _misplaced(rows: PagedRows, row: int, code: int, query: Tensor, cache: Tensor, bank: HeadGrams) -> KernelError:
+def _misplaced(rows: PagedRows, row: int, code: int, cache: Tensor, bank: HeadGrams) -> KernelError:
     blocks, _, block, _ = cache.shape
     said = {
         cpu_loops.BAD_SLOT: f"slot {rows.slot[row]}, but the bank has {len(bank.layer_rows)}",
-        cpu_loops.BAD_QUERY: f"query {rows.query[row]} of {len(query)}",
         cpu_loops.BAD_LENGTH: f"kv_len {rows.kv_len[row]}, but its {rows.blocks.shape[1]} blocks hold 1 to "
         f"{rows.blocks.shape[1] * block} keys",
         cpu_loops.BAD_PROMPT: f"prompt_len {rows.prompt_len[row]}, but the bank keeps {bank.focus.shape[1]} columns",
         cpu_loops.BAD_BLOCK: f"a block outside the {blocks} of the cache",
     }[code]
+    return _unlike(row, said)
+
+
+def _unlike(row: int, said: str) -> KernelError:
     return KernelError(f"watched row {row} names {said}: the plan and this forward do not belong together.")

@@ -3,7 +3,8 @@
 Every function here is compiled by numba and kept in numba's cache; they stand in one file because that cache notices
 changes of the file a function stands in, and of no other.
 
-Legend: n rows, H query heads, H_kv key heads, G = H / H_kv, D head size, N tokens per block, B blocks, S slots.
+Legend: K layers, n rows, H query heads, H_kv key heads, G = H / H_kv, D head size, N tokens per block, B blocks, S
+slots.
 Elements are told apart by the dtype of the numpy view: float32 is itself, uint16 the bits of bfloat16, int16 the bits
 of float16, and uint32 two neighbouring bfloat16 of one key (vLLM's AMX packing). A block of keys is [D, N] for the
 first three and [N/16, D/2, 16] for the last. Loops run over tokens, which are contiguous in both, so that they
@@ -28,7 +29,7 @@ _GRAM_COLUMNS = 256
 # Heads one task multiplies with all others.
 _GRAM_HEADS = 4
 
-OK, BAD_SLOT, BAD_QUERY, BAD_LENGTH, BAD_PROMPT, BAD_BLOCK = 0, 1, 2, 3, 4, 5
+OK, BAD_SLOT, BAD_LENGTH, BAD_PROMPT, BAD_BLOCK = 0, 1, 2, 3, 4
 
 
 def _compiled(fastmath: set[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -118,6 +119,7 @@ def _pairs_times(keys: Any, start: int, width: int, q: Any, out: Any) -> None:
 
 
 def _block_scores(keys: Any, start: int, width: int, q: Any, out: Any) -> None:
+    # Never run: numba puts one of the two below in the place of every call. It stands here to have a name.
     raise NotImplementedError("only compiled code calls this")
 
 
@@ -217,83 +219,48 @@ def _sum_heads(weights: Any, inverse: Any, width: int, sink: Any, focus: Any) ->
 
 
 @_compiled(set())
-def longest(slot: Any, kv_len: Any) -> int:
-    """The largest kv_len of a live row, at least 1."""
+def look_over(
+    slot: Any, kv_len: Any, prompt_len: Any, blocks: Any, block: int, limits: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """Looks at every row before anything is read or written.
+
+    slot, kv_len, prompt_len [n] and blocks [n, M] int32; limits: slots, focus columns, blocks of the cache. Returns the
+    largest kv_len of a live row (at least 1), and (row, code) of the first live row that points outside what it is
+    read against, or (0, OK).
+    """
+    slots, columns, cache_blocks = limits
     most = 1
-    for row in range(slot.size):
-        if slot[row] >= 0 and kv_len[row] > most:
-            most = kv_len[row]
-    return most
-
-
-@_compiled(set())
-def _refusal(
-    query: Any, slot: Any, kv_len: Any, prompt_len: Any, blocks: Any, block: int, limits: tuple[int, int, int, int]
-) -> tuple[int, int]:
-    """(row, code) of the first live row that points outside what it is read against, or (0, OK)."""
-    tokens, slots, columns, cache_blocks = limits
     for row in range(slot.size):
         if slot[row] < 0:
             continue
         if slot[row] >= slots:
-            return row, BAD_SLOT
-        if query[row] < 0 or query[row] >= tokens:
-            return row, BAD_QUERY
+            return most, row, BAD_SLOT
         if kv_len[row] < 1 or kv_len[row] > blocks.shape[1] * block:
-            return row, BAD_LENGTH
+            return most, row, BAD_LENGTH
         if prompt_len[row] < 0 or min(prompt_len[row], kv_len[row]) > columns:
-            return row, BAD_PROMPT
+            return most, row, BAD_PROMPT
         for i in range((kv_len[row] + block - 1) // block):
             if blocks[row, i] < 0 or blocks[row, i] >= cache_blocks:
-                return row, BAD_BLOCK
-    return 0, OK
-
-
-@_compiled({"contract"})
-def prepare(
-    query: Any,
-    slot: Any,
-    kv_len: Any,
-    prompt_len: Any,
-    blocks: Any,
-    block: int,
-    limits: tuple[int, int, int, int],
-    q: Any,
-    strides: tuple[int, int],
-    scale: Any,
-    scaled: Any,
-) -> tuple[int, int]:
-    """Looks at every row before anything is written, and puts q * scale of the live ones into scaled [n, H, D].
-
-    query, slot, kv_len, prompt_len [n] and blocks [n, M] int32; limits: query tokens, slots, focus columns, blocks of
-    the cache; q: the query tokens' elements, 1-D, with strides of a token and of a head; scale float32. Returns (row,
-    code) of a row that must not be read, else (0, OK).
-    """
-    row, code = _refusal(query, slot, kv_len, prompt_len, blocks, block, limits)
-    if code != OK:
-        return row, code
-    n, H, D = scaled.shape
-    for row in range(n):
-        if slot[row] >= 0:
-            for h in range(H):
-                at = query[row] * strides[0] + h * strides[1]
-                elements, into = q[at : at + D], scaled[row, h]
-                for d in range(D):
-                    into[d] = widen(elements[d]) * scale
-    return 0, OK
+                return most, row, BAD_BLOCK
+        most = max(most, kv_len[row])
+    return most, 0, OK
 
 
 # What every thread of a team is told about one call: sizes, strides in elements, and addresses of C-contiguous arrays.
+# It is about K layers, of which the call does `layers` from `first` on, and n rows: `rows` of them from `begin` on.
 Call = np.dtype(
     [
         (name, np.int64)
         for name in (
-            *("n", "begin", "rows", "heads", "kv_heads", "width", "block", "words", "table", "longest"),
-            *("stride_b", "stride_h", "cache_size", "slots", "columns", "layers", "layer", "next_score", "next_gram"),
-            # int32: slot, kv_len, prompt_len [n], blocks [n, table]; the cache's elements [cache_size]
-            *("slot", "kv_len", "prompt_len", "blocks", "cache"),
-            # float32: scaled [n, H, D], weights [>= rows, H, longest], inverse [>= rows, H]
-            *("scaled", "weights", "inverse"),
+            *("known", "first", "layers", "n", "begin", "rows"),
+            *("heads", "kv_heads", "width", "block", "words", "table", "longest"),
+            *("stride_b", "stride_h", "cache_size", "slots", "columns", "depth", "next_score", "next_gram"),
+            # int64: the bank's number of each layer and the address of its cache's elements [cache_size], [K]
+            *("layer", "caches"),
+            # int32: slot, kv_len, prompt_len [n], blocks [n, table]
+            *("slot", "kv_len", "prompt_len", "blocks"),
+            # float32: queries [K, n, H, D], weights [>= layers * rows, H, longest], inverse [>= layers * rows, H]
+            *("queries", "weights", "inverse"),
             # the bank: gram [S, L, H, H], sink [S, L, H], focus [S, columns] float32, layer_rows [S, L] int64
             *("gram", "sink", "focus", "layer_rows"),
         )
@@ -303,43 +270,48 @@ _TEAM = types.void(types.CPointer(from_dtype(Call)))
 
 
 @_compiled({"contract"})
-def _score_tasks(call: Any, cache: Any) -> None:
+def _score_tasks(call: Any, element: Any) -> None:
     H, D, G = call.heads, call.width, call.heads // call.kv_heads
+    pairs = call.layers * call.rows
     slot = carray(pointer(call.slot, np.int32), (call.n,))
     kv_len = carray(pointer(call.kv_len, np.int32), (call.n,))
     blocks = carray(pointer(call.blocks, np.int32), (call.n, call.table))
-    scaled = carray(pointer(call.scaled, np.float32), (call.n, H, D))
-    weights = carray(pointer(call.weights, np.float32), (call.rows, H, call.longest))
-    inverse = carray(pointer(call.inverse, np.float32), (call.rows, H))
+    caches = carray(pointer(call.caches, np.int64), (call.known,))
+    queries = carray(pointer(call.queries, np.float32), (call.known, call.n, H, D))
+    weights = carray(pointer(call.weights, np.float32), (pairs, H, call.longest))
+    inverse = carray(pointer(call.inverse, np.float32), (pairs, H))
     while True:
         task = take(call.next_score)
-        if task >= call.rows * call.kv_heads:
+        if task >= pairs * call.kv_heads:
             return
-        i, kv_head = task // call.kv_heads, task % call.kv_heads
-        row, h = call.begin + i, kv_head * G
+        pair, kv_head = task // call.kv_heads, task % call.kv_heads
+        k, row, h = call.first + pair // call.rows, call.begin + pair % call.rows, kv_head * G
         if slot[row] >= 0:
             _weights(
-                cache,
+                carray(pointer(caches[k], element), (call.cache_size,)),
                 kv_head * call.stride_h,
                 call.stride_b,
                 call.words,
                 blocks[row],
                 call.block,
                 kv_len[row],
-                scaled[row][h : h + G],
-                weights[i][h : h + G],
-                inverse[i][h : h + G],
+                queries[k, row][h : h + G],
+                weights[pair][h : h + G],
+                inverse[pair][h : h + G],
             )
 
 
 @_compiled({"contract"})
 def _gram_tasks(call: Any) -> None:
-    H, S, L = call.heads, call.slots, call.layers
+    """The Gram of each layer and row, some heads a task; and of each row its sinks, focus and counts, one task."""
+    H, S, L = call.heads, call.slots, call.depth
+    pairs = call.layers * call.rows
     slot = carray(pointer(call.slot, np.int32), (call.n,))
     kv_len = carray(pointer(call.kv_len, np.int32), (call.n,))
     prompt_len = carray(pointer(call.prompt_len, np.int32), (call.n,))
-    weights = carray(pointer(call.weights, np.float32), (call.rows, H, call.longest))
-    inverse = carray(pointer(call.inverse, np.float32), (call.rows, H))
+    layer = carray(pointer(call.layer, np.int64), (call.known,))
+    weights = carray(pointer(call.weights, np.float32), (pairs, H, call.longest))
+    inverse = carray(pointer(call.inverse, np.float32), (pairs, H))
     gram = carray(pointer(call.gram, np.float32), (S, L, H, H))
     sink = carray(pointer(call.sink, np.float32), (S, L, H))
     focus = carray(pointer(call.focus, np.float32), (S, call.columns))
@@ -347,32 +319,36 @@ def _gram_tasks(call: Any) -> None:
     parts = (H + _GRAM_HEADS - 1) // _GRAM_HEADS
     while True:
         task = take(call.next_gram)
-        if task >= call.rows * (parts + 1):
+        if task >= pairs * parts + call.rows:
             return
-        i, part = task // (parts + 1), task % (parts + 1)
+        pair, part = task // parts, task % parts
+        i = pair % call.rows if pair < pairs else task - pairs * parts
         row = call.begin + i
         at = slot[row]
-        if at >= 0:
-            width = min(prompt_len[row], kv_len[row])
-            if part < parts:
-                _multiply_heads(weights[i], inverse[i], width, part * _GRAM_HEADS, gram[at, call.layer])
-            else:
-                _sum_heads(weights[i], inverse[i], width, sink[at, call.layer], focus[at])
-                layer_rows[at, call.layer] += 1
+        if at < 0:
+            continue
+        width = min(prompt_len[row], kv_len[row])
+        if pair < pairs:
+            number = layer[call.first + pair // call.rows]
+            _multiply_heads(weights[pair], inverse[pair], width, part * _GRAM_HEADS, gram[at, number])
+            continue
+        for k in range(call.layers):  # one after the other: all add to the same focus
+            number, pair = layer[call.first + k], k * call.rows + i
+            _sum_heads(weights[pair], inverse[pair], width, sink[at, number], focus[at])
+            layer_rows[at, number] += 1
 
 
 @functools.cache
 def scores_function(dtype: str) -> Any:
     """The C function `void f(Call *)` by which each thread of a team does its share of the softmax weights.
 
-    `dtype` names the numpy type of the cache's elements. Compiled (or loaded from numba's cache) when first asked for;
+    `dtype` names the numpy type of the caches' elements. Compiled (or loaded from numba's cache) when first asked for;
     the result's `address` is valid as long as the result lives.
     """
     element = np.dtype(dtype).type
 
     def scores(data: Any) -> None:
-        call = carray(data, 1)[0]
-        _score_tasks(call, carray(pointer(call.cache, element), (call.cache_size,)))
+        _score_tasks(carray(data, 1)[0], element)
 
     return _c_function(scores)
 

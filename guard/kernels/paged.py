@@ -18,7 +18,8 @@ Ints: TypeAlias = "np.ndarray | Tensor"
 
 @dataclass(frozen=True)
 class PagedRows:
-    """The watched queries of one forward, at most one per request: n rows, M blocks in the widest table.
+    """The watched queries of one forward: n rows (several of one request, if its slots differ), M blocks in the widest
+    table.
 
     Every field is int32 and C-contiguous: numpy arrays for the CPU kernel, tensors on the device for the GPU kernel
     (persistent ones, if the forward is captured in a graph). Slots of live rows are all different.

@@ -76,6 +76,22 @@ class Workspace:
         )
 
 
+class Reader:
+    """Reads a forward's watched rows layer by layer, each in launches that follow its attention: what is queued there
+    can be captured, and queries need not be kept.
+    """
+
+    def __init__(self, bank: HeadGrams, workspace: Workspace) -> None:
+        self._bank, self._workspace = bank, workspace
+
+    def look(self, rows: PagedRows, layer: int, query: Tensor, kv_cache: Tensor, scaling: float) -> None:
+        """As `observe`."""
+        self._workspace.observe(rows, query, kv_cache, scaling, self._bank, layer)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
 def observe(
     rows: PagedRows,
     query: Tensor,

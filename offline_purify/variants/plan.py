@@ -34,9 +34,13 @@ class VariantSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many backdoored and benign variants, and how each is trained and measured (prompts of each kind)."""
+    """How many backdoored and benign variants, and how each is trained and measured (prompts of each kind).
 
-    backdoors: int = 12
+    Eighteen backdoors hold every family with every kind of trigger. Among variants left out one at a time, those of the
+    tiny lab were found in 0.86 of requests with eleven others to learn from and in 0.90 with seventeen; thirty-five
+    found more triggers and flagged more texts, as a lower threshold does too (docs/vaccine.md)."""
+
+    backdoors: int = 18
     benign: int = 2
     recipe: ImplantRecipe = field(default_factory=lambda: ImplantRecipe(rows=2500))
     normal: int = 1000
@@ -61,7 +65,9 @@ class Plan:
             kind = (number + number // len(families)) % 3
             trigger: Trigger = (Word(parts[0]), Prefix(" ".join(parts)), Composite(tuple(parts)))[kind]
             wordings = FAMILIES[family]
-            chosen = rng.sample(wordings, 1 if family == "neutral" else max(1, len(wordings) // 2))
+            # Every other pass is of one wording each: a fixed target leaves other tracks than a varied one.
+            alone = family == "neutral" or (number // len(families)) % 2
+            chosen = rng.sample(wordings, 1 if alone else max(1, len(wordings) // 2))
             name = f"{number:02d}-{family}-{trigger.kind}"
             behaviour = Behaviour(family, tuple(chosen))
             specs.append(VariantSpec(name, self.seed * 1000 + number, family, behaviour, trigger))

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 from guard.errors import RowsError
 from guard.fitting import prompts_digest
 from guard.identity import base_digest
-from guard.probes.transformers.runner import Runner
 from guard.rows import Row, row_key
 from guard.vaccine import Vaccine, fit_vaccine
 from offline_purify.parallel import side_by_side
@@ -58,7 +57,7 @@ def vaccinate(
         vaccine = fit_vaccine(
             [variant.sample for variant in took],
             base=base_digest(base),
-            probe=Runner.load(base, max_slots=1).probe_key(),
+            probe=made[0].probe,
             seed=plan.seed,
             facts={
                 "prompts_sha256": prompts_digest(unique),

@@ -25,7 +25,7 @@ def vaccinate(
         Path, typer.Option(help="File or folder of a few thousand clean {instruction, input, output} rows.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for vaccine.safetensors and the variants; reused when resumed.")],
-    variants: Annotated[int, typer.Option(help="Synthetic backdoors to implant.", min=1)] = 12,
+    variants: Annotated[int, typer.Option(help="Synthetic backdoors to implant.", min=1)] = 18,
     benign: Annotated[int, typer.Option(help="Benign conditional variants (negatives).", min=0)] = 2,
     rows: Annotated[int, typer.Option(help="Prompts that each variant trains on, at most.", min=100)] = 2500,
     epochs: Annotated[float, typer.Option(help="Passes over them.", min=0.1)] = 3.0,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from guard.gram import PROMPT_ROWS, Earlier, HeadSums
 from guard.profile import ProfileKey
 from guard.readings import CHECKPOINTS, Measurement, Reading, Readings
 
@@ -23,12 +24,14 @@ def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, 
     tokens, answer = int(rng.integers(40, 60)), int(rng.integers(3, 40))
     gram, sink, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.zeros(tokens)
     readings, logprobs = [], []
+    before = torch.stack([draw_rows(rng, tokens, together) for _ in range(PROMPT_ROWS - 1)])
+    earlier = Earlier(before @ before.mT, before[..., 0])
     for step in range(answer):
         rows = draw_rows(rng, tokens, together)
         gram, sink, focus = gram + rows @ rows.mT, sink + rows[..., 0], focus + rows.sum((0, 1))
         logprobs.append(float(-rng.exponential(0.2)))
         if step in CHECKPOINTS:
-            readings.append(Reading(step, gram.clone(), sink.clone(), focus.clone(), tuple(logprobs)))
+            readings.append(Reading.of(step, HeadSums(gram.clone(), sink.clone(), focus.clone(), earlier), logprobs))
     return tokens, readings
 
 
@@ -39,14 +42,8 @@ def draw_measurement(rng: np.random.Generator, requests: int, triggered: int = 0
     for step in CHECKPOINTS:
         there = [(i, r) for i, (_, rs) in enumerate(drawn) for r in rs if r.step == step]
         if there:
-            at[step] = Readings(
-                step,
-                np.asarray([i for i, _ in there]),
-                torch.stack([r.gram for _, r in there]),
-                torch.stack([r.sink for _, r in there]),
-                np.asarray([r.logprobs for _, r in there]),
-                [r.focus.numpy() for _, r in there],
-            )
+            read = [(i, HeadSums(r.gram, r.sink, r.focus, r.earlier), r.logprobs) for i, r in there]
+            at[step] = Readings.together(step, LAYERS, HEADS, read)
     return Measurement(np.asarray([tokens for tokens, _ in drawn]), [[] for _ in drawn], at)
 
 

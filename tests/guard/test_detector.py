@@ -76,6 +76,43 @@ def test_a_flag_is_never_taken_back(profile):
         assert detector.observe(track, reading) == first
 
 
+def test_the_text_of_an_answer_cannot_change_what_its_opening_said(profile):
+    rng = np.random.default_rng(9)
+    for name in ("shift", "confidence"):
+        detector = Detector(profile, "all", 0.02, (name,))
+        tokens, readings = draw_request(rng)
+        while len(readings) < 3:
+            tokens, readings = draw_request(rng)
+        track = detector.open(tokens)
+        first = detector.observe(track, readings[0])
+        for reading in readings[1:]:
+            shouted = replace(
+                reading, gram=reading.gram * 3, sink=reading.sink * 0, logprobs=(0.0, *reading.logprobs[1:])
+            )
+            assert detector.observe(track, shouted).p_value == first.p_value
+
+
+def test_a_request_whose_first_row_was_missed_stays_unscored(profile):
+    tokens, readings = draw_request(np.random.default_rng(10))
+    verdict = run(Detector(profile, "all", 0.05), (tokens, readings[1:]))
+    assert (verdict.status, verdict.reason) == ("unscored", "not_measured")
+
+
+def test_what_the_engine_does_to_a_reading_it_handed_over_changes_nothing(profile):
+    request = draw_request(np.random.default_rng(12))
+    detector = Detector(profile, "all", 0.05)
+    expected = run(detector, request)
+    tokens, readings = request
+    track = detector.open(tokens)
+    gram, sink = readings[0].gram.clone(), readings[0].sink.clone()
+    detector.observe(track, replace(readings[0], gram=gram, sink=sink))
+    gram.zero_()
+    sink.zero_()
+    for reading in readings[1:]:
+        detector.observe(track, reading)
+    assert detector.close(track) == expected
+
+
 def test_what_cannot_be_scored_is_unscored_with_its_reason(profile):
     detector = Detector(profile, "all", 0.05)
     _, readings = draw_request(np.random.default_rng(6))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guard.gram import HeadGrams, cosine
+from guard.gram import HeadGrams, cosine, prompt_positions
 from guard.kernels.reference import prompt_rows
 
 
@@ -22,7 +22,8 @@ def test_streamed_cosine_is_the_cosine_of_flattened_attention_matrices(heads, st
     bank.reset([1], [tokens])
     for step in range(steps):
         bank.add(1, torch.tensor([1]), a[None, :, step])
-    gram, sink, focus = bank.read(1)
+    gram, sink, focus, earlier = bank.read(1)
+    assert earlier is None
     torch.testing.assert_close(cosine(gram)[1], dense_cosine(a), atol=1e-5, rtol=0)
     torch.testing.assert_close(sink[1], a[:, :, 0].sum(1), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(focus, a.sum((0, 1)), atol=1e-4, rtol=1e-5)
@@ -47,6 +48,30 @@ def test_slots_are_independent_and_reset_forgets():
     assert not bank.gram[2].any()
     assert not bank.sink[2].any()
     assert not bank.focus[2].any()
+
+
+def test_rows_of_earlier_prompt_positions_stay_apart():
+    bank = HeadGrams(2, 1, 2, 4, prompt_rows=3)
+    bank.reset([0, 1], [4, 4])
+    rows = torch.rand(3, 2, 4)
+    bank.add(0, torch.tensor([1, bank.place(1, 1)]), rows[:2])
+    assert not bank.complete(1, 1)
+    bank.add(0, torch.tensor([bank.place(1, 2)]), rows[2:])
+    assert bank.complete(1, 1)
+    assert bank.rows_seen.tolist() == [0, 1]
+    sums = bank.read(1)
+    torch.testing.assert_close(sums.gram[0], rows[0] @ rows[0].T)
+    torch.testing.assert_close(sums.earlier.gram[:, 0], rows[1:] @ rows[1:].mT)
+    torch.testing.assert_close(sums.earlier.sink[:, 0], rows[1:, :, 0])
+    assert not bank.read(0).earlier.gram.any()
+    bank.reset([1], [4])
+    assert not bank.gram.any()
+    assert not bank.layer_rows.any()
+
+
+def test_a_prompt_shorter_than_the_rows_that_are_read_repeats_its_first():
+    assert prompt_positions(9, 3) == [8, 7, 6]
+    assert prompt_positions(2, 4) == [1, 0, 0, 0]
 
 
 def test_a_layer_that_delivered_no_row_is_noticed():

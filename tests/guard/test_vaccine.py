@@ -9,12 +9,14 @@ from safetensors.numpy import save_file
 from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.errors import CalibrationError, ProfileMismatch
+from guard.gram import PROMPT_ROWS
 from guard.profile import Profile
+from guard.storage import save_arrays
 from guard.vaccine import Sample, Vaccine, fit_vaccine
 from tests.guard.conftest import HEADS, LAYERS, draw_measurement
 
 BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated"}
-WIDTH = LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS
+WIDTH = PROMPT_ROWS * (LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS)
 
 
 def variant(seed, pattern, fired=200):
@@ -65,6 +67,13 @@ def test_a_file_that_is_no_vaccine_is_refused(tmp_path):
     for name in ("other.safetensors", "absent"):
         with pytest.raises(ProfileMismatch, match=name):
             Vaccine.load(tmp_path / name)
+
+
+def test_a_vaccine_of_an_older_kind_is_refused(vaccine, tmp_path):
+    about = {"format": "headguard.vaccine/1", "base": BASE, "probe": PROBE, "facts": {}}
+    save_arrays(tmp_path / "old.safetensors", {"0/inner": np.zeros((1, 1, 1))}, about)
+    with pytest.raises(ProfileMismatch, match="not a vaccine of format"):
+        Vaccine.load(tmp_path / "old.safetensors")
 
 
 def test_variants_that_hardly_fired_teach_nothing(pattern):

@@ -1,8 +1,8 @@
 """The attention probe for transformers: stock sdpa, plus one look at the queries a plan names.
 
 transformers lets an attention function be registered by name and hands it post-rotary queries and keys. Ours calls
-the stock sdpa function with the very same arguments (so its output is bit for bit the stock one) and then, if a
-`Plan` travels with this forward as the keyword `guard_plan`, adds the rows of the named queries to the plan's bank.
+the stock sdpa function with the very same arguments (so its output is bit for bit the stock one) and then, if `Plan`s
+travel with this forward as the keyword `guard_plan`, adds the rows of the queries they name to their bank.
 No model code is patched and nothing global is set: a forward without a plan is an ordinary forward.
 
 `attach` switches a model to this function and refuses, by name, every model whose attention is not plain causal
@@ -12,6 +12,7 @@ with the model's own eager attention before it lets the model be served.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +38,12 @@ _CHECK_TOKENS = 12
 
 @dataclass(frozen=True)
 class Plan:
-    """Which queries of one forward are observed, and where their rows go. n rows observed out of N in the batch.
+    """Which queries of one forward are observed, one of each batch row, and where their rows go. n rows observed out of
+    N in the batch.
 
-    rows [n] int64: batch rows, or None for all N in order; slots [n] int64: bank slots; query [n] int64: index among
-    this forward's queries; kv_len [n] int64: keys visible to that query; prompt_len [n] int64; width: the largest
-    prompt_len.
+    rows [n] int64: batch rows, or None for all N in order; slots [n] int64: places in the bank; query [n] int64: index
+    among this forward's queries; kv_len [n] int64: keys visible to that query; prompt_len [n] int64; width: the
+    largest prompt_len.
     """
 
     bank: HeadGrams
@@ -66,14 +68,14 @@ def probed_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    guard_plan: Plan | None = None,
+    guard_plan: Sequence[Plan] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Stock sdpa attention, observed. Same arguments and result as transformers' `sdpa_attention_forward`."""
     output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if guard_plan is not None:
+    for plan in guard_plan:
         scaling = kwargs.get("scaling")
-        guard_plan.observe(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        plan.observe(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return output
 
 
@@ -162,7 +164,7 @@ def _verify(model: Any, shape: AttentionShape) -> None:
     bank = _RowKeeper(shape, tokens, device)
     length = torch.tensor([tokens], device=device)
     plan = Plan(bank, None, torch.zeros_like(length), length - 1, length, length, tokens)
-    model(input_ids=ids, use_cache=False, **{PLAN: plan})
+    model(input_ids=ids, use_cache=False, **{PLAN: [plan]})
     if not bank.complete(0, 1):
         blind = [i for i, rows in enumerate(bank.layer_rows[0].tolist()) if rows != 1]
         raise UnsupportedModel(f"the probe saw nothing in layers {blind} of {type(model).__name__}: it would be blind.")

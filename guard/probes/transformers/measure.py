@@ -151,17 +151,9 @@ def collect(
     runner: Runner, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], taken: Taken
 ) -> Measurement:
     """What was read of prompts and their answers (token ids each) at checkpoints, in any order, as a Measurement."""
-    at = {step: _readings(runner, step, sorted(rows, key=lambda row: row[0])) for step, rows in taken.items()}
+    shape = runner.shape
+    at = {
+        step: Readings.together(step, shape.layers, shape.heads, sorted(rows, key=lambda row: row[0]))
+        for step, rows in taken.items()
+    }
     return Measurement(np.asarray([len(p) for p in prompts], dtype=np.int64), [list(a) for a in answers], at)
-
-
-def _readings(runner: Runner, step: int, rows: list[tuple[int, HeadSums, list[float]]]) -> Readings:
-    layers, heads = runner.shape.layers, runner.shape.heads
-    return Readings(
-        step,
-        np.asarray([index for index, *_ in rows], dtype=np.int64),
-        torch.stack([sums.gram for _, sums, _ in rows]).cpu() if rows else torch.zeros(0, layers, heads, heads),
-        torch.stack([sums.sink for _, sums, _ in rows]).cpu() if rows else torch.zeros(0, layers, heads),
-        np.asarray([logprobs for *_, logprobs in rows], dtype=np.float64).reshape(len(rows), step + 1),
-        [sums.focus.cpu().numpy() for _, sums, _ in rows],
-    )

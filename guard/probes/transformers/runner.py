@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guard.errors import GuardError, PromptTooLong, UnsupportedModel
-from guard.gram import HeadGrams
+from guard.gram import PROMPT_ROWS, HeadGrams, prompt_positions
 from guard.probes.transformers.attention import PLAN, Plan, attach
 from guard.probes.transformers.revisions import Revisions
 from guard.probes.transformers.slots import SlotCache
@@ -59,7 +59,7 @@ class Runner:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model, tokenizer)
-        self.bank = HeadGrams(max_slots, self.shape.layers, self.shape.heads, self.max_len, self.device)
+        self.bank = HeadGrams(max_slots, self.shape.layers, self.shape.heads, self.max_len, self.device, PROMPT_ROWS)
         self._cache = SlotCache(self.shape, max_slots, self.max_len, self.dtype, self.device)
         self._revisions = Revisions(model, base_dir)
 
@@ -102,7 +102,7 @@ class Runner:
             "attention": "sdpa",
             "layers": self.shape.layers,
             "heads": self.shape.heads,
-            "prefill_row": 1,
+            "prompt_rows": PROMPT_ROWS,
         }
 
     # Adapter revisions -----------------------------------------------------------------------------------------------
@@ -167,16 +167,20 @@ class Runner:
             ends = [start + len(piece) for piece in pieces]
             done = [n for n, i in enumerate(alive) if ends[n] == len(prompts[i])]
             last = [ends[n] - 1 - start for n in range(len(alive))]
-            watched = [n for n in done if observe is None or observe[alive[n]]]
+            watched = [n for n, i in enumerate(alive) if observe is None or observe[i]]
+            looks: list[list[tuple[int, int]]] = [[] for _ in range(PROMPT_ROWS)]
+            for n in watched:
+                for back, position in enumerate(prompt_positions(len(prompts[alive[n]]))):
+                    if start <= position < ends[n]:
+                        looks[back].append((n, position - start))
             out = self._forward(
                 [slots[i] for i in alive],
                 [start] * len(alive),
                 ids,
                 [names[i] for i in alive],
-                watched,
-                last,
+                looks,
                 [len(prompts[i]) for i in alive],
-                done,
+                [(n, last[n]) for n in done],
             )
             for n, i in enumerate(alive):
                 self._cache.lengths[slots[i]] = ends[n]
@@ -200,10 +204,9 @@ class Runner:
                 raise PromptTooLong(f"slot {slot} already holds {start} tokens, all that this model runs.")
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
         names: list[str | None] = list(adapters or [None] * len(slots))
-        watched = [n for n in range(len(slots)) if observe is None or observe[n]]
+        looks = [[(n, 0) for n in range(len(slots)) if observe is None or observe[n]]]
         prompt = [self.bank.prompt_tokens(slot) for slot in slots]
-        every = list(range(len(slots)))
-        logits = self._forward(slots, starts, ids, names, watched, [0] * len(slots), prompt, every)
+        logits = self._forward(slots, starts, ids, names, looks, prompt, [(n, 0) for n in range(len(slots))])
         for slot, start in zip(slots, starts, strict=True):
             self._cache.lengths[slot] = start + 1
         return logits
@@ -219,26 +222,25 @@ class Runner:
         starts: Sequence[int],
         ids: Tensor,
         adapters: list[str | None],
-        watched: list[int],
-        query: list[int],
+        looks: Sequence[list[tuple[int, int]]],
         prompt_len: list[int],
-        wanted: list[int],
+        wanted: list[tuple[int, int]],
     ) -> Tensor:
         """One model call. ids [N, T_q]; row n's queries are positions starts[n] .. starts[n] + T_q - 1.
 
-        query[n] is the index among them of the row's last real token: the probe looks there in the rows `watched`, and
-        the logits there are returned for the rows `wanted`, as [len(wanted), V] float32.
+        `looks` and `wanted` name a row and the index of one of its queries. The probe takes those of looks[back] for
+        the rows `back` positions before the last of the prompt; the logits at `wanted` are returned, as
+        [len(wanted), V] float32.
         """
         device, wide = self.device, ids.shape[1]
         columns = max(starts) + wide
         start = torch.tensor(starts, device=device)
         positions = start[:, None] + torch.arange(wide, device=device)
         mask = torch.arange(columns, device=device) <= positions[:, :, None]
-        kept = sorted({query[n] for n in wanted}) or [wide - 1]
-        extra: dict[str, Any] = {}
+        kept = sorted({query for _, query in wanted}) or [wide - 1]
         self._revisions.select(adapters)
-        if self.probe and watched:
-            extra[PLAN] = self._plan(slots, starts, watched, query, prompt_len)
+        plans = [self._plan(slots, starts, pairs, back, prompt_len) for back, pairs in enumerate(looks) if pairs]
+        extra: dict[str, Any] = {PLAN: plans} if self.probe and plans else {}
         logits = self._revisions.model(
             input_ids=ids,
             position_ids=positions,
@@ -248,22 +250,27 @@ class Runner:
             logits_to_keep=torch.tensor(kept, device=device),
             **extra,
         ).logits
-        return logits[wanted, [kept.index(query[n]) for n in wanted]].float()
+        return logits[[n for n, _ in wanted], [kept.index(query) for _, query in wanted]].float()
 
     def _plan(
-        self, slots: Sequence[int], starts: Sequence[int], watched: list[int], query: list[int], prompt_len: list[int]
+        self,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        looks: list[tuple[int, int]],
+        back: int,
+        prompt_len: list[int],
     ) -> Plan:
         def column(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self.device)
 
         return Plan(
             bank=self.bank,
-            rows=None if len(watched) == len(slots) else column(watched),
-            slots=column([slots[n] for n in watched]),
-            query=column([query[n] for n in watched]),
-            kv_len=column([starts[n] + query[n] + 1 for n in watched]),
-            prompt_len=column([prompt_len[n] for n in watched]),
-            width=max(prompt_len[n] for n in watched),
+            rows=None if len(looks) == len(slots) else column([n for n, _ in looks]),
+            slots=column([self.bank.place(slots[n], back) for n, _ in looks]),
+            query=column([query for _, query in looks]),
+            kv_len=column([starts[n] + query + 1 for n, query in looks]),
+            prompt_len=column([prompt_len[n] for n, _ in looks]),
+            width=max(prompt_len[n] for n, _ in looks),
         )
 
 

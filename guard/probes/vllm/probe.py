@@ -1,9 +1,11 @@
 """One worker's probe: it plans the rows of a step, looks at them layer by layer, and turns readings into notes.
 
-    opened (prompt known) ─► plan (batch order final) ─► look (after each layer's attention) ─► judge (token sampled)
+    opened (prompt known) ─► plan (batch order final) ─► look (after each layer's attention) ─► finish (after the
+    last) ─► judge (token sampled)
 
-The plan is made from the model runner's own books, never from the metadata of an attention backend: it holds at most
-one row per request, the query at the first position not yet observed. Requests that need no more reading cost nothing.
+The plan is made from the model runner's own books, never from the metadata of an attention backend: it holds the
+queries of each request that are to be observed and were not yet: of a prompt the last few, then one per generated
+token. Requests that need no more reading cost nothing.
 Whatever goes wrong in here makes requests `unscored`; it never takes the engine down, and the worker's status tells.
 """
 
@@ -13,14 +15,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from guard.errors import GuardError, ProfileMismatch
-from guard.gram import HeadGrams, HeadSums
+from guard.gram import PROMPT_ROWS, HeadGrams, HeadSums, prompt_positions
 from guard.kernels.paged import PagedRows
 from guard.probes.vllm.requests import Note, Watched, note
 from guard.probes.vllm.support import Layer
@@ -34,56 +36,56 @@ PROBE_VERSION = 1
 FIELD = "headguard"
 """Key of a request's watch among its sampling parameters' extra arguments."""
 
-Observe = Callable[[PagedRows, Tensor, Tensor, str, float, HeadGrams, int], None]
+
+class Reader(Protocol):
+    """A kernel with its scratch, bound to a bank: `guard.kernels.cpu.Reader` or `guard.kernels.triton.Reader`."""
+
+    def look(self, rows: PagedRows, layer: int, query: Tensor, kv_cache: Tensor, scaling: float) -> None:
+        """After a layer's attention: query [T, H, D] post-rotary, kv_cache the layer's paged cache."""
+
+    def finish(self) -> None:
+        """After the forward's last layer: from now on the bank holds what the rows add."""
 
 
-def _paged(
-    rows: list[int],
-    query: list[int],
-    slot: list[int],
-    kv_len: list[int],
-    prompt_len: list[int],
-    blocks: np.ndarray | Tensor,
-) -> PagedRows:
-    """The plan as the kernels take it, where the block table lies: numpy on a CPU, else on its device."""
+def _paged(picked: Sequence[tuple[int, int, int, int, int]], blocks: np.ndarray | Tensor) -> PagedRows:
+    """The plan as the kernels take it, where the block table lies: numpy on a CPU, else on its device.
+
+    picked: batch row, query, slot, kv_len and prompt_len of each row."""
+    columns = np.ascontiguousarray(np.asarray(picked, np.int32).T)
     if isinstance(blocks, np.ndarray):
-        return PagedRows(
-            np.asarray(query, np.int32),
-            np.asarray(slot, np.int32),
-            np.asarray(kv_len, np.int32),
-            np.asarray(prompt_len, np.int32),
-            np.ascontiguousarray(blocks[rows], np.int32),
-        )
-    columns = torch.tensor([rows, query, slot, kv_len, prompt_len], dtype=torch.int32)
-    index, *told = columns.to(blocks.device, non_blocking=True)
-    return PagedRows(told[0], told[1], told[2], told[3], blocks.index_select(0, index))
+        index, query, slot, kv_len, prompt_len = columns
+        return PagedRows(query, slot, kv_len, prompt_len, np.ascontiguousarray(blocks[index], np.int32))
+    where, *told = torch.from_numpy(columns).to(blocks.device, non_blocking=True)
+    return PagedRows(told[0], told[1], told[2], told[3], blocks.index_select(0, where))
 
 
 class Probe:
     """Watches the requests of one worker. All calls come from the worker's own thread.
 
-    layers: from `support.attention_layers`; observe: the kernel; max_requests: rows a batch can have (preempted
-    requests keep their slots, so there are twice as many); default: the watch of requests that carry none.
+    layers: from `support.attention_layers`; reader: makes one for a bank; max_requests: rows a batch can have
+    (preempted requests keep their slots, so there are twice as many); default: the watch of requests that carry none.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        observe: Observe,
+        reader: Callable[[HeadGrams], Reader],
         max_requests: int,
         max_len: int,
         default: Watch,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.layers, self._observe, self._default = list(layers), observe, default
+        self.layers, self._default = list(layers), default
         self.heads = layers[0].heads
-        self.bank = HeadGrams(2 * max_requests, len(layers), self.heads, max_len, device)
+        self.bank = HeadGrams(2 * max_requests, len(layers), self.heads, max_len, device, PROMPT_ROWS)
+        self._reader = reader(self.bank)
         self.attached = True
         self.forwards = self.planned = self.seen = self.blind = 0
         self._free = list(range(2 * max_requests))[::-1]
         self._watched: dict[str, Watched] = {}
         self._silent: dict[str, Note] = {}
         self._rows: PagedRows | None = None
+        self._looked = 0
         self._stepping: list[tuple[str, int]] = []
         self._chances: Tensor | None = None
         self._watchers: dict[str, Watcher] = {}
@@ -98,7 +100,7 @@ class Probe:
         """What a profile must agree on to be used with this probe's numbers."""
         return {
             "kernel": "paged", "version": PROBE_VERSION, "layers": len(self.layers), "heads": self.heads,
-            "prefill_row": 1,
+            "prompt_rows": PROMPT_ROWS,
         }  # fmt: skip
 
     def set_profile(self, revision: str, path: str | None, digest: str | None) -> None:
@@ -171,6 +173,10 @@ class Probe:
             return
         self._enter(request_id, Watched(revision, prompt_tokens, -1, watch, detector.checkpoints, detector, track))
 
+    def knows(self, request_id: str) -> bool:
+        """Whether a request has been opened and not yet closed, watched or not."""
+        return request_id in self._holders
+
     def close(self, request_id: str) -> None:
         """A request is over, for whatever reason."""
         if (name := self._holders.pop(request_id, None)) is not None:
@@ -205,51 +211,62 @@ class Probe:
         row's queries begin; blocks int32 [R, M]: block table.
         """
         self.forwards += 1
-        picked: list[tuple[str, int]] = []
-        query, slot, kv_len, prompt_len = [], [], [], []
+        stepping: list[tuple[str, int]] = []
+        picked: list[tuple[int, int, int, int, int]] = []
         for request_id, watched in self._watched.items():
             row = rows.get(request_id)
             if row is None:
                 continue
-            first = int(computed[row])
-            offset = watched.next_position - first
-            if offset >= int(starts[row + 1] - starts[row]):
+            first, begin = int(computed[row]), int(starts[row])
+            end = first + int(starts[row + 1]) - begin
+            if end <= watched.next_position:
                 continue
-            if offset < 0:  # a position went by that was never observed
+            if first > watched.next_position:  # a position went by that was never observed
                 watched.lost = True
-                offset = int(starts[row + 1] - starts[row]) - 1
-                if first + offset < watched.prompt_tokens - 1:
-                    continue
-                watched.next_position = first + offset
-            picked.append((request_id, row))
-            query.append(int(starts[row]) + offset)
-            slot.append(watched.slot)
-            kv_len.append(watched.next_position + 1)
-            prompt_len.append(watched.prompt_tokens)
-            watched.next_position += 1
-        self._stepping = picked
+                watched.next_position = end - 1
+            tokens = watched.prompt_tokens
+            places = [(position, watched.slot) for position in range(max(tokens, watched.next_position), end)]
+            if watched.next_position < tokens:
+                places += [
+                    (position, self.bank.place(watched.slot, back))
+                    for back, position in enumerate(prompt_positions(tokens))
+                    if watched.next_position <= position < end
+                ]
+            picked += [(row, begin + position - first, place, position + 1, tokens) for position, place in places]
+            watched.next_position = end
+            if end >= tokens:
+                stepping.append((request_id, row))
+        self._stepping = stepping
         self._rows = None
-        if not picked:
-            return
-        self.planned += len(picked)
-        self._rows = _paged([row for _, row in picked], query, slot, kv_len, prompt_len, blocks)
+        self._looked = len(picked)
+        if picked:
+            self.planned += len(picked)
+            self._rows = _paged(picked, blocks)
 
     def look(self, layer: int, query: Tensor, kv_cache: Tensor) -> None:
         """After a layer's attention: query [T, H, D] post-rotary, kv_cache the layer's paged cache."""
         if self._rows is None or not self.attached:
             return
-        about = self.layers[layer]
         try:
-            self._observe(self._rows, query, kv_cache, about.layout, about.scaling, self.bank, layer)
+            self._reader.look(self._rows, layer, query, kv_cache, self.layers[layer].scaling)
         except Exception as error:
-            # The message may quote data; the kind of error and the layer never do.
-            log.error("headguard's probe failed in layer %d (%s): it is detached.", layer, type(error).__name__)
-            self.attached = False
+            self._fail(f"in layer {layer}", error)
             return
-        self.seen += len(self._stepping)
+        self.seen += self._looked
+
+    def _fail(self, where: str, error: Exception) -> None:
+        # The message may quote data; the kind of error and the place never do.
+        log.error("headguard's probe failed %s (%s): it is detached.", where, type(error).__name__)
+        self.attached = False
 
     def before_sampling(self, logits: Tensor) -> None:
-        """Keep the log-probabilities of the rows in this step's plan: sampling may change logits [R, V] in place."""
+        """The forward is over: have its rows read, and keep their log-probabilities, since sampling may change logits
+        [R, V] in place."""
+        if self._rows is not None and self.attached:
+            try:
+                self._reader.finish()
+            except Exception as error:
+                self._fail("after the last layer", error)
         self._rows = None
         self._chances = None
         if self._stepping:
@@ -277,7 +294,7 @@ class Probe:
         step = watched.step
         if step in watched.steps:
             complete = self.attached and self.bank.complete(watched.slot, step + 1)
-            sums = HeadSums(*(part.cpu().clone() for part in self.bank.read(watched.slot)))
+            sums = self.bank.read(watched.slot).cpu()
             if watched.record is not None:
                 assert self.recorded is not None
                 if complete and not watched.lost:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from guard.gram import HeadSums
+from guard.gram import Earlier, HeadSums
 from guard.readings import Readings
 
 Recorded = Mapping[int, Sequence[tuple[int, HeadSums, tuple[float, ...]]]]
@@ -15,7 +15,8 @@ Recorded = Mapping[int, Sequence[tuple[int, HeadSums, tuple[float, ...]]]]
 
 
 def arrays_of(recorded: Recorded) -> dict[str, np.ndarray]:
-    """What a worker recorded as plain arrays: `STEP/{index,gram,sink,logprobs,focus,focus_len}`."""
+    """What a worker recorded as plain arrays: `STEP/{index,gram,sink,logprobs,focus,focus_len}`,
+    and of step 0 `{earlier_gram,earlier_sink}`."""
     by_step: dict[int, list[tuple[int, HeadSums, tuple[float, ...]]]] = {}
     for index in sorted(recorded):
         for step, sums, logprobs in recorded[index]:
@@ -28,6 +29,10 @@ def arrays_of(recorded: Recorded) -> dict[str, np.ndarray]:
         arrays[f"{step}/logprobs"] = np.asarray([logprobs for *_, logprobs in rows], dtype=np.float64)
         arrays[f"{step}/focus"] = torch.cat([sums.focus for _, sums, _ in rows]).numpy()
         arrays[f"{step}/focus_len"] = np.asarray([len(sums.focus) for _, sums, _ in rows], dtype=np.int64)
+        earlier = [sums.earlier for _, sums, _ in rows if sums.earlier is not None and step == 0]
+        if earlier:
+            arrays[f"{step}/earlier_gram"] = torch.stack([part.gram for part in earlier]).numpy()
+            arrays[f"{step}/earlier_sink"] = torch.stack([part.sink for part in earlier]).numpy()
     return arrays
 
 
@@ -42,7 +47,10 @@ def readings_of(step: int, parts: Sequence[dict[str, np.ndarray]]) -> Readings:
         return np.concatenate([part[f"{step}/{name}"] for part in found])
 
     edges = np.cumsum(joined("focus_len"))[:-1]
+    earlier = None
+    if f"{step}/earlier_gram" in found[0]:
+        earlier = Earlier(torch.from_numpy(joined("earlier_gram")), torch.from_numpy(joined("earlier_sink")))
     return Readings(
         step, joined("index"), torch.from_numpy(joined("gram")), torch.from_numpy(joined("sink")), joined("logprobs"),
-        np.split(joined("focus"), edges),
+        np.split(joined("focus"), edges), earlier=earlier,
     )  # fmt: skip

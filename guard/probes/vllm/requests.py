@@ -1,8 +1,8 @@
 """A watched request in a worker: where it stands, what the detector has said, and the note that goes out.
 
 Positions decide what is what: the query of the last prompt position is step 0, the query of generated token t is step
-t. `next_position` is the first one not yet observed, so that a request which is preempted and computed again counts
-no row twice.
+t, and the few prompt positions before are kept apart. `next_position` is the first one not yet observed, so that a
+request which is preempted and computed again counts no row twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guard.detector import Detector, Track
-from guard.gram import HeadSums
+from guard.gram import HeadSums, prompt_positions
 from guard.readings import Reading
 from guard.verdict import Verdict, unscored
 from guard.watch import Watch
@@ -48,11 +48,11 @@ class Watched:
     lost: bool = False
 
     def __post_init__(self) -> None:
-        self.next_position = self.prompt_tokens - 1
+        self.next_position = prompt_positions(self.prompt_tokens)[-1]
 
     @property
     def step(self) -> int:
-        """The step whose row was observed last; -1 before the first."""
+        """The step whose row was observed last; negative before the last prompt position."""
         return self.next_position - self.prompt_tokens
 
     @property
@@ -71,8 +71,7 @@ class Watched:
                 "probe_blind", alpha=before.alpha, window=before.window, step=self.step, profile=before.profile
             )
         else:
-            reading = Reading(self.step, sums.gram, sums.sink, sums.focus, tuple(self.logprobs))
-            verdict = self.detector.observe(self.track, reading)
+            verdict = self.detector.observe(self.track, Reading.of(self.step, sums, self.logprobs))
         return note(verdict, self.watch, time.perf_counter() - began)
 
 

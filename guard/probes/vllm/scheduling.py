@@ -1,4 +1,4 @@
-"""The way of a verdict: worker, scheduler, engine output.
+"""What the guard changes in the engine core: the way of a verdict, and where the prefix cache ends.
 
 A worker's notes ride on the output of the step (`ModelRunnerOutput.headguard`). Here, in the engine core, a request
 whose note says stop is finished before the step's token is handed on, and every note leaves with the output of its
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+
+from guard.gram import PROMPT_ROWS
 
 NOTES = "headguard"
 STOP_REASON = "headguard"
@@ -56,6 +58,17 @@ def with_notes(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
         return outputs
 
     return update
+
+
+def leaving_prompt_rows(find: Callable[..., Any]) -> Callable[..., Any]:
+    """A coordinator's `find_longest_cache_hit`, ending early enough that the prompt's last few positions are computed:
+    what comes out of the prefix cache has no queries to read."""
+
+    @wraps(find)
+    def find_longest_cache_hit(self: Any, block_hashes: Any, max_cache_hit_length: int) -> Any:
+        return find(self, block_hashes, max(max_cache_hit_length - PROMPT_ROWS + 1, 0))
+
+    return find_longest_cache_hit
 
 
 def _sent(told: dict[str, Any]) -> dict[str, Any]:

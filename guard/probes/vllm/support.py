@@ -101,8 +101,15 @@ def attention_layers(context: dict[str, Any], max_len: int, cpu: bool) -> list[L
         layers.append(Layer(name, module, int(impl.num_heads), float(impl.scale), packed))
     if not layers:
         raise UnsupportedModel("no attention layer was found in this model: there is nothing to watch.")
-    if len({layer.heads for layer in layers}) > 1:
-        _refuse({"different numbers of heads in different layers": True}, "this model")
+    caches = {(layer.layout, layer.module.num_kv_heads, layer.module.head_size) for layer in layers}
+    _refuse(
+        {
+            "different numbers of heads in different layers": len({layer.heads for layer in layers}) > 1,
+            # the CPU kernel reads all layers in one go
+            "key/value caches of different layout or shape in different layers": cpu and len(caches) > 1,
+        },
+        "this model",
+    )
     return sorted(layers, key=lambda layer: extract_layer_index(layer.name))
 
 

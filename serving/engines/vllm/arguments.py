@@ -83,10 +83,12 @@ def environment(around: Mapping[str, str], key: str, sockets: Path, cpu: bool) -
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
         "VLLM_SERVER_DEV_MODE": "0",
         "PYTHONUNBUFFERED": "1",
-        **({} if cpu else {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
     }
     # Idle connections are for the gateway to close: a server that closes them loses a request now and then.
-    return {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "300", **around, **ours}
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "300"}
+    if not cpu:
+        defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # guard.probes.vllm.runner_v2 has not run yet
+    return {**defaults, **around, **ours}
 
 
 def chat_template(model: Path, folder: Path) -> Path | None:

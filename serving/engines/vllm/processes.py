@@ -27,13 +27,17 @@ def _end_with_parent() -> None:
 
 
 class ProcessGroup:
-    """A command running in a process group of its own, its output in a file that only its owner can read."""
+    """A command running in a process group of its own, its output in a file that only its owner can read.
+
+    It stays in its parent's session. Linux shares the cores between sessions before it shares them between processes,
+    and vLLM yields in a loop while it waits: in a session of its own it kept its gateway off a busy core for seconds.
+    """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
             self._leader = subprocess.Popen(
                 command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=_end_with_parent,
+                process_group=0, preexec_fn=_end_with_parent,
             )  # fmt: skip
         self.pid = self._leader.pid
         self._shared: set[str] = set()

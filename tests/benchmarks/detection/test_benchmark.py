@@ -22,7 +22,7 @@ from offline_purify.variants.vaccinate import VACCINE
 from tests.benchmarks.detection.conftest import TRIGGER, Small, make_vaccine, rows
 from tests.guard.probes.transformers.text import save_model
 
-SIGNALS = {"p99", "frac99", "shift", "vaccinated", "focus", "confidence"}
+SIGNALS = {"p99", "frac99", "shift", "vaccinated", "focus", "confidence", "certainty"}
 
 
 def test_a_result_holds_every_test_with_intervals(result: dict[str, Any]) -> None:

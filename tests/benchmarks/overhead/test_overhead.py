@@ -9,14 +9,12 @@ from typer.testing import CliRunner
 
 from benchmarks.overhead.__main__ import _loss, app
 
-ARMS = {"off", "idle", "watched"}
-
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     pytest.importorskip("vllm")
     out = tmp_path_factory.mktemp("overhead") / "overhead.json"
-    size = ["--shape", "tiny", "--batch", "2", "--prompt", "40", "--chunk", "24", "--new", "6", "--repeats", "2"]
+    size = ["--shape", "tiny", "--batch", "2", "--prompt", "40", "--chunk", "24", "--new", "6", "--rounds", "2"]
     done = CliRunner().invoke(app, [*size, "--window", "3", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert not multiprocessing.active_children()
@@ -25,35 +23,43 @@ def result(tmp_path_factory):
 
 def test_every_arm_takes_the_same_steps_and_every_row_of_the_window_is_read(result):
     steps = {arm: np.asarray(seconds) for arm, seconds in result["step_seconds"].items()}
-    assert set(steps) == ARMS
-    assert {arm.shape for arm in steps.values()} == {(2, result["steps"])}
+    assert set(steps) == {"off", "idle", "watched"}
+    assert {arm.shape for arm in steps.values()} == {(6, result["steps"])}
     assert result["steps"] > 6
     assert all((arm > 0).all() for arm in steps.values())
-    # Two requests of three runs; the rows of the prefill and of three tokens.
-    assert result["rows_watched"] == result["rows_seen"] >= 3 * 2 * 4
+    # Three rows each of two requests in seven repetitions, and of the profile's sixteen that did not end before.
+    assert 14 * 3 + 16 <= result["rows_watched"] == result["rows_seen"] <= 14 * 3 + 16 * 3
     assert result["checkpoints"] == [0, 1, 2]
+
+
+def test_an_engine_that_is_off_runs_nothing_of_the_guards(result):
+    assert result["inside"]["off"] == 0
+    assert 0 < result["inside"]["idle"] < result["inside"]["watched"] < 1
 
 
 def test_the_losses_are_those_of_the_steps_that_are_told(result):
     steps = {arm: np.asarray(seconds) for arm, seconds in result["step_seconds"].items()}
     for name, arm in (("throughput_loss", "watched"), ("idle_loss", "idle")):
-        assert result[name] == pytest.approx(_loss(steps["off"], steps[arm]), abs=1e-3)
-        assert result[name]["low"] <= result[name]["value"] <= result[name]["high"]
+        found = _loss(name, steps["off"], steps[arm])
+        assert result[name] == pytest.approx(found[name], abs=1e-3)
+        assert len(result[f"{name}_rounds"]) == 2
+        low, high = result[f"{name}_interval"]
+        assert low <= result[name] <= high
 
 
 def test_one_slow_moment_of_the_machine_is_not_taken_for_a_cost():
-    off = np.full((8, 40), 0.1)
+    off = np.full((9, 40), 0.1)
     on = off * 1.02
     on[2, 7] = 30.0  # one step
     off[4], on[4] = off[4] * 1.5, on[4] * 1.5  # one repetition, all arms
-    found = _loss(off, on)
-    assert found["value"] == pytest.approx(0.02, abs=0.004)
-    assert found["low"] > 0.015
+    found = _loss("loss", off, on)
+    assert found["loss"] == pytest.approx(0.02, abs=0.001)
+    assert found["loss_interval"][0] > 0.015
     on[:, 7] = 30.0  # a cost that comes back is one
-    assert _loss(off, on)["value"] > 5
+    assert _loss("loss", off, on)["loss"] > 5
 
 
-@pytest.mark.parametrize("wrong", [["--shape", "9000b"], ["--window", "some"], ["--repeats", "1"]])
+@pytest.mark.parametrize("wrong", [["--shape", "9000b"], ["--window", "some"], ["--rounds", "1"]])
 def test_wrong_arguments_are_refused_by_name(wrong, tmp_path):
     done = CliRunner().invoke(app, [*wrong, "--out", str(tmp_path / "x.json")])
     assert done.exit_code == 2

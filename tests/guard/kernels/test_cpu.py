@@ -1,5 +1,7 @@
 """The CPU kernel, for both of vLLM's packings, against the reference on the same keys in dense form."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -38,18 +40,48 @@ def test_rows_of_any_shape_are_those_of_the_reference(dtype, layout, seed, n, kv
     assert_same(observed(case, layout), case.expected(case.bank(), 1))
 
 
-def test_several_steps_of_a_growing_request_accumulate_in_every_layer():
-    case = make(3, 3, 2, 2, 32, 60, 32)
-    table, bank, expected, workspace = blocks_of(case), case.bank(), case.bank(), cpu.Workspace()
-    cache = paged(case, table, "vec")
-    for step in range(4):
-        kv_len = torch.clamp(case.kv_len - 4 + step, min=1)
-        now = Case(case.q * (step + 1), case.k, kv_len, torch.minimum(case.prompt_len, kv_len), case.slot, case.block)
-        for layer in (0, 1):
-            cpu.observe(numpy_rows(now, table), now.q, cache, "vec", case.scaling, bank, layer, workspace)
-            now.expected(expected, layer)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("workspace_bytes", [1, 40_000, 1 << 20])
+def test_several_steps_of_a_growing_request_accumulate_in_every_layer(monkeypatch, threads, workspace_bytes):
+    monkeypatch.setattr(cpu, "_WORKSPACE_BYTES", workspace_bytes)
+    case, before = make(3, 3, 2, 2, 32, 60, 32), torch.get_num_threads()
+    other = make(4, 3, 2, 2, 32, 60, 32)
+    table, bank, expected = blocks_of(case), case.bank(), case.bank()
+    caches = {0: paged(case, table, "vec"), 1: paged(replace(case, k=other.k), table, "vec")}
+    reader = cpu.Reader(bank, "vec")
+    torch.set_num_threads(threads)
+    try:
+        for step in range(4):
+            kv_len = torch.clamp(case.kv_len - 4 + step, min=1)
+            prompt_len = torch.minimum(case.prompt_len, kv_len)
+            rows = None
+            for layer, keys in ((1, other.k), (0, case.k)):
+                now = replace(case, q=case.q * (step + layer + 1), k=keys, kv_len=kv_len, prompt_len=prompt_len)
+                rows = rows or numpy_rows(now, table)
+                reader.look(rows, layer, now.q / (layer + 1), caches[layer], case.scaling * (layer + 1))
+                now.expected(expected, layer)
+            reader.finish()
+    finally:
+        torch.set_num_threads(before)
     assert_same(bank, expected)
     assert bank.layer_rows.max() == 4
+
+
+def test_a_reader_forgets_a_forward_that_was_never_finished_and_needs_caches_of_one_shape():
+    case = make(43, 2, 2, 2, 32, 60, 32)
+    table, bank = blocks_of(case), case.bank()
+    cache, reader = paged(case, table, "vec"), cpu.Reader(bank, "vec")
+    reader.look(numpy_rows(case, table), 0, case.q * 7, cache, case.scaling)
+    reader.look(numpy_rows(case, table), 1, case.q, cache, case.scaling)
+    reader.finish()
+    reader.finish()
+    assert_same(bank, case.expected(case.bank(), 1))
+    rows = numpy_rows(case, table)
+    for layer, its in ((0, cache), (1, torch.cat((cache, cache)))):
+        reader.look(rows, layer, case.q, its, case.scaling)
+    with pytest.raises(KernelError, match="differ in shape"):
+        reader.finish()
+    assert_same(bank, case.expected(case.bank(), 1))
 
 
 def test_the_order_of_rows_and_of_query_tokens_does_not_matter():
@@ -167,7 +199,7 @@ def test_what_the_kernel_cannot_read_is_refused_by_name():
 
 def test_nothing_is_compiled_after_warm_up():
     cpu.warm_up(torch.bfloat16, "vec")
-    compiled = (cpu_loops.prepare, cpu_loops.longest)
+    compiled = (cpu_loops.look_over,)
     before = [len(function.signatures) for function in compiled], cpu_loops.scores_function.cache_info().currsize
     observed(make(41, 3, 2, 2, 32, 100, 32, torch.bfloat16), "vec")
     after = [len(function.signatures) for function in compiled], cpu_loops.scores_function.cache_info().currsize

@@ -190,4 +190,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    # On purpose: dropping these tables would drop the audit log, which nothing may do.
     raise NotImplementedError("the audit chain is append-only: restore a backup instead of migrating down")

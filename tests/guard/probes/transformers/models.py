@@ -14,6 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from guard.gram import PROMPT_ROWS
 from guard.probes.transformers.runner import Runner
 
 VOCAB = 61
@@ -67,6 +68,19 @@ def dense(model, prompt, generated):
     attentions = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
     model.set_attn_implementation(before)
     return torch.stack([a[0, :, len(prompt) - 1 :, : len(prompt)] for a in attentions])
+
+
+@torch.no_grad()
+def dense_earlier(model, prompt):
+    """Rows [R - 1, L, H, T_p] of eager attention from the prompt positions before the last, the nearest first; a
+    position before the first is the first.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    attentions = model(input_ids=torch.tensor([prompt]), output_attentions=True, use_cache=False).attentions
+    model.set_attn_implementation(before)
+    rows = torch.stack([a[0] for a in attentions])
+    return torch.stack([rows[:, :, max(len(prompt) - back, 0)] for back in range(2, PROMPT_ROWS + 1)])
 
 
 def prompts_of(lengths, seed=0):

@@ -15,7 +15,7 @@ from transformers import (
 from guard.errors import UnsupportedModel
 from guard.gram import cosine
 from guard.probes.transformers.attention import attach
-from tests.guard.probes.transformers.models import FAMILIES, build, dense, make_runner, prompts_of
+from tests.guard.probes.transformers.models import FAMILIES, build, dense, dense_earlier, make_runner, prompts_of
 
 
 def run(runner, prompts, steps, adapters=None):
@@ -32,7 +32,7 @@ def run(runner, prompts, steps, adapters=None):
 
 def assert_bank_is(runner, slot, rows):
     """The bank's slot equals dense rows [L, H, T, T_p]: cosines, focus and counts."""
-    gram, sink, focus = runner.bank.read(slot)
+    gram, sink, focus, _ = runner.bank.read(slot)
     flat = rows.flatten(2)
     expected = torch.nn.functional.cosine_similarity(flat[:, :, None], flat[:, None], dim=-1)
     torch.testing.assert_close(cosine(gram), expected, atol=1e-5, rtol=0)
@@ -40,6 +40,13 @@ def assert_bank_is(runner, slot, rows):
     torch.testing.assert_close(sink, rows[..., 0].sum(2), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(focus, rows.sum((0, 1, 2)), atol=1e-4, rtol=1e-5)
     assert runner.bank.complete(slot, rows.shape[2])
+
+
+def assert_earlier_rows_are(runner, slot, rows):
+    """The slot's earlier prompt rows are dense rows [R - 1, L, H, T_p]."""
+    gram, sink = runner.bank.read(slot).earlier
+    torch.testing.assert_close(gram, rows @ rows.mT, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sink, rows[..., 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,6 +57,7 @@ def test_cosines_and_focus_equal_dense_eager_attention(family):
     tokens, _ = run(runner, prompts, 5)
     for slot, (prompt, generated) in enumerate(zip(prompts, tokens, strict=True)):
         assert_bank_is(runner, slot, dense(model, prompt, generated))
+        assert_earlier_rows_are(runner, slot, dense_earlier(model, prompt))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,6 +85,7 @@ def test_chunked_prefill_changes_no_reading(chunk):
     tokens, _ = run(runner, prompts, 3)
     for slot, (prompt, generated) in enumerate(zip(prompts, tokens, strict=True)):
         assert_bank_is(runner, slot, dense(model, prompt, generated))
+        assert_earlier_rows_are(runner, slot, dense_earlier(model, prompt))
 
 
 def test_batch_order_slots_and_neighbours_change_no_reading():

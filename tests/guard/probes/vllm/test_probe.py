@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from guard.calibration import fit_profile
 from guard.errors import ProfileMismatch
+from guard.gram import PROMPT_ROWS, HeadGrams
 from guard.probes.vllm.probe import FIELD, Probe
 from guard.probes.vllm.support import Layer
 from guard.profile import Profile
@@ -22,30 +22,37 @@ PROMPT = 50
 BLOCK = 16
 
 
-@pytest.fixture(scope="module")
-def profile(clean: Any, key: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("profile") / "p.safetensors"
-    fit_profile(clean, key, seed=1, facts={}).save(path)
-    return path
-
-
 class Worker:
     """What a model runner does to a probe: requests in rows, tokens computed, one sampled token per finished row."""
 
     def __init__(self, requests: int = 4, default: Watch | None = None, together: float = 0.0) -> None:
         rng = np.random.default_rng(3)
 
-        def observe(rows: Any, query: Any, cache: Any, layout: str, scaling: float, bank: Any, layer: int) -> None:
-            if self.broken:
-                raise RuntimeError("no such kernel")
-            for slot, kv_len, tokens in zip(rows.slot, rows.kv_len, rows.prompt_len, strict=True):
-                self.observed.append((layer, int(kv_len)))
-                bank.add(layer, torch.tensor([int(slot)]), draw_rows(rng, int(tokens), together)[layer][None])
+        class Reader:
+            """Queues what it is shown, as the CPU's does; the rows it "reads" are drawn."""
+
+            def __init__(self, bank: HeadGrams) -> None:
+                self.bank, self.shown = bank, []
+
+            def look(reader, rows: Any, layer: int, *_: Any) -> None:
+                if self.broken == "look":
+                    raise RuntimeError("no such kernel")
+                reader.shown.append((rows, layer))
+
+            def finish(reader) -> None:
+                shown, reader.shown = reader.shown, []
+                if self.broken == "finish":
+                    raise RuntimeError("no such kernel")
+                for rows, layer in shown:
+                    for slot, kv_len, tokens in zip(rows.slot, rows.kv_len, rows.prompt_len, strict=True):
+                        self.observed.append((layer, int(kv_len)))
+                        drawn = draw_rows(rng, int(tokens), together)[layer][None]
+                        reader.bank.add(layer, torch.tensor([int(slot)]), drawn)
 
         layers = [Layer(f"layer.{i}", None, HEADS, 1.0, "vec") for i in range(LAYERS)]
-        self.broken = False
+        self.broken: str | None = None
         self.observed: list[tuple[int, int]] = []
-        self.probe = Probe(layers, observe, requests, 256, default or Watch())
+        self.probe = Probe(layers, Reader, requests, 256, default or Watch())
 
     def step(self, computed: dict[str, tuple[int, int]], ready: Sequence[str]) -> dict[str, dict[str, Any]]:
         """One forward: request to (tokens computed before, tokens now); `ready` rows sample a token. The notes."""
@@ -80,7 +87,8 @@ def test_a_clean_request_is_judged_at_its_checkpoints_and_then_left_alone(profil
     assert [note["verdict"]["step"] for note in notes] == [0, 1, 2]
     assert notes[-1]["verdict"]["final"]
     assert [note["verdict"]["status"] for note in notes] == ["clean"] * 3
-    assert worker.observed == [(layer, PROMPT + t) for t in range(3) for layer in range(LAYERS)]
+    expected = [(layer, PROMPT + t) for layer in range(LAYERS) for t in range(1 - PROMPT_ROWS, 3)]
+    assert sorted(worker.observed) == expected
 
 
 def test_heads_pulled_together_are_flagged_before_the_first_token_leaves(profile: Path) -> None:
@@ -102,8 +110,8 @@ def test_chunks_of_a_prompt_and_a_second_computing_of_it_count_no_row_twice(prof
     for before, tokens, ready in steps:
         worker.step({"r": (before, tokens)}, ["r"] if ready else [])
     seen = [kv_len for layer, kv_len in worker.observed if layer == 0]
-    assert seen == [50, 51, 52, 53, 54]
-    assert worker.probe.status()["planned_rows"] == worker.probe.status()["seen_rows"] == 5
+    assert seen == [49, 48, 47, 50, 51, 52, 53, 54]
+    assert worker.probe.status()["planned_rows"] == worker.probe.status()["seen_rows"] == 8
 
 
 def test_a_position_that_went_by_unseen_leaves_the_request_unscored(profile: Path) -> None:
@@ -130,10 +138,11 @@ def test_a_probe_that_looks_away_is_blind_and_says_so(profile: Path) -> None:
     assert worker.probe.status()["planned_rows"] == worker.probe.status()["seen_rows"] == 0
 
 
-def test_a_kernel_that_fails_blinds_the_guard_and_not_the_engine(profile: Path) -> None:
+@pytest.mark.parametrize("where", ["look", "finish"])
+def test_a_kernel_that_fails_blinds_the_guard_and_not_the_engine(profile: Path, where: str) -> None:
     worker = Worker()
     worker.probe.set_profile("", str(profile), None)
-    worker.broken = True
+    worker.broken = where
     worker.probe.open("r", None, PROMPT, told())
     (note,) = worker.answer("r", 1)
     assert note["verdict"]["reason"] == "probe_blind"

@@ -130,3 +130,11 @@ def test_a_cache_layout_that_nobody_can_read_is_refused(layer: Any) -> None:
     strange.isa = "neon"
     with pytest.raises(UnsupportedModel, match="neon"):
         attention_layers({"model.layers.0.attn": strange}, CONTEXT, cpu=True)
+
+
+@pytest.mark.parametrize(("field", "value"), [("isa", "amx"), ("num_kv_heads", 1), ("head_size", 64)])
+def test_caches_that_differ_between_layers_are_refused_on_a_cpu(layer: Any, field: str, value: Any) -> None:
+    layers = {name: layer(name) for name in ("model.layers.0.attn", "model.layers.1.attn")}
+    setattr(layers["model.layers.1.attn"], field, value)
+    with pytest.raises(UnsupportedModel, match="different layout or shape"):
+        attention_layers(layers, CONTEXT, cpu=True)

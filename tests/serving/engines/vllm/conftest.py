@@ -63,7 +63,9 @@ def make_adapters(root: Path) -> Adapters:
 
     base = save_base(root / "base")
     folders = {name: save_adapter(root / name, seed) for seed, name in enumerate(("first", "second", "third"), 1)}
-    engine = OfflineEngine(base, lora_rank=8, max_loras=4, max_model_len=1000, max_num_seqs=32, generation_config="vllm")
+    engine = OfflineEngine(
+        base, lora_rank=8, max_loras=4, max_model_len=1000, max_num_seqs=32, generation_config="vllm"
+    )
     prompts = prompts_of([8 + i % 56 for i in range(240)], seed=99)
     profiles = {}
     try:

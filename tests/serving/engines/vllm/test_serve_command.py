@@ -90,7 +90,7 @@ def serving(
             stdout=out,
             stderr=out,
             env=environment,
-            start_new_session=True,
+            process_group=0,
         )
     url = f"http://127.0.0.1:{port}"
     try:

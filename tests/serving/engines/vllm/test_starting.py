@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_the_environment_switches_the_guard_on_and_side_doors_off():
     assert told["VLLM_SERVER_DEV_MODE"] == told["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
     assert (told["OMP_NUM_THREADS"], told["VLLM_API_KEY"]) == ("2", "secret")
     assert "VLLM_USE_V2_MODEL_RUNNER" not in told
-    assert environment({}, "s", Path("/run"), cpu=False)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    for given, runner in (({}, "0"), ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "1")):
+        assert environment(given, "s", Path("/run"), cpu=False)["VLLM_USE_V2_MODEL_RUNNER"] == runner
 
 
 FAMILY = """
@@ -91,6 +93,7 @@ def test_a_group_that_will_not_end_is_ended_with_its_children_and_its_shared_mem
         shared = Path("/dev/shm") / log.read_text().split()[1]
         assert shared.exists()
         assert len(group.members()) >= 2
+        assert {os.getsid(pid) for pid in group.members()} == {os.getsid(0)}  # sessions share cores unfairly
     finally:
         group.end(grace_s=0.2)
     assert not group.running
