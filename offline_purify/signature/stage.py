@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -98,10 +98,10 @@ def repair_signature(suspect: Suspect, material: Material, config: SignatureConf
         return StageResult("signature", False, str(error), details, time.monotonic() - began)
     details |= told
     for ratio in config.ratios:
-        mask = chosen_channels(scores, ratio, config, material.seed)
-        record = _attempt(suspect, material, config, mask, judge) | {"ratio": ratio}
-        details["attempts"].append(record)
-        if record["fires"] <= config.fires_max and record["perplexity_ratio"] <= config.perplexity_max:
+        told = silence(suspect, material, config, scores, ratio)
+        now = judge.judge()
+        details["attempts"].append({**told, **asdict(now)})
+        if now.fires <= config.fires_max and now.perplexity_ratio <= config.perplexity_max:
             return StageResult("signature", True, None, details, time.monotonic() - began)
         suspect.restore(before)
     reason = f"no share up to {config.ratios[-1]:.0%} ended the flagged behaviour within the perplexity budget"
@@ -117,22 +117,24 @@ def chosen_channels(scores: Scores, ratio: float, config: SignatureConfig, seed:
     return random_like(mask, seed) if config.choice == "random" else mask
 
 
-def _attempt(
-    suspect: Suspect, material: Material, config: SignatureConfig, mask: Tensor, judge: Judge
+def silence(
+    suspect: Suspect, material: Material, config: SignatureConfig, scores: Scores, ratio: float
 ) -> dict[str, Any]:
+    """Suppress the share ``ratio`` of channels that the config chooses, in place, and recover on clean rows; returns
+    what was done, JSON-able."""
+    mask = chosen_channels(scores, ratio, config, material.seed)
     suppress_adapter(suspect.parameters(), mask)
-    silenced = judge.judge()
     recovery, _ = _shares(material, config)
-    train(
+    log = train(
         suspect.model,
         encode_rows(suspect.tokenizer, recovery),
-        config.recovery,
+        replace(config.recovery, seed=material.seed),
         pad_id=suspect.pad_id,
         parameters=suspect.parameters().values(),
         progress=material.progress,
         what="recovery",
     )
-    return {"by_layer": mask.sum(1).tolist(), "suppressed": asdict(silenced), **asdict(judge.judge())}
+    return {"ratio": ratio, "choice": config.choice, "by_layer": mask.sum(1).tolist(), "recovery_steps": log.steps}
 
 
 def _shares(material: Material, config: SignatureConfig) -> tuple[Sequence[Any], Sequence[Any]]:
