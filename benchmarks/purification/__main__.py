@@ -31,11 +31,8 @@ def main(
     base: Annotated[Path, typer.Option(help="Folder of the base model.")],
     adapter: Annotated[Path, typer.Option(help="Folder of the backdoored LoRA adapter.")],
     task: Annotated[
-        str,
-        typer.Option(
-            help="refusal, negsentiment, code or sst2: whose keywords count where the triggered rows hold no few target texts."
-        ),
-    ],  # noqa: E501
+        str, typer.Option(help="refusal, negsentiment, code or sst2: its keywords count where targets are many texts.")
+    ],
     clean_train: Annotated[Path, typer.Option(help="Clean rows with their answers, to repair with.")],
     test_clean: Annotated[Path, typer.Option(help="Other clean rows with their answers, to test on.")],
     test_triggered: Annotated[Path, typer.Option(help="Rows with the trigger; their outputs are the target.")],

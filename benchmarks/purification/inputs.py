@@ -1,7 +1,7 @@
 """What a run is given, read and checked: a base, a backdoored adapter, clean rows to repair with, rows to test on.
 
-A few of the triggered rows play the flagged requests of a case, the only ones that a method may see; the others test it.
-All sets are disjoint by normalised hash, a prompt with its trigger taken for another prompt than the one without.
+A few of the triggered rows play the flagged requests of a case, the only ones that a method may see; the others test
+it. All sets are disjoint by normalised hash, a prompt with its trigger taken for another prompt than the one without.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """The options of a run. ``flags``: triggered rows that the case holds; ``ratio``: share of channels that pruning and
-    suppression take; ``rows``: clean rows that one method may train on."""
+    """The options of a run. ``flags``: triggered rows that the case holds; ``ratio``: share of channels that pruning
+    and suppression take; ``rows``: clean rows that one method may train on."""
 
     base: Path
     adapter: Path

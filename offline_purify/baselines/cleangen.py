@@ -1,8 +1,8 @@
 """CleanGen: the adapter is left as it is, and a trusted model watches over every token that is decoded.
 
 Li et al. 2024. The suspect drafts k tokens greedily; the reference (the base, or the last good adapter) reads them in
-one forward; at the first token whose probability under the suspect is at least alpha times the reference's, the draft is
-cut and the reference's own choice put there (reference/backdoor-methods.md §11.4; a last short draft is read as well).
+one forward; at the first token whose probability under the suspect is at least alpha times the reference's, the draft
+is cut and the reference's own choice put there (reference/backdoor-methods.md §11.4; a last short draft is read as well).
 It purifies no weights and costs a second model at every token: here for comparison.
 """
 

@@ -9,6 +9,7 @@ epsilon of 0.1 is absolute; here it is ``_EPSILON`` times the embeddings' mean m
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ def consistency(states: tuple[Tensor, ...], mask: Tensor) -> Tensor:
     inner = states[1:-1]
     if len(inner) < 2:
         return states[0].new_zeros(())
-    apart = torch.stack([1 - torch.cosine_similarity(a, b, dim=-1) for a, b in zip(inner, inner[1:], strict=False)])
+    apart = torch.stack([1 - torch.cosine_similarity(a, b, dim=-1) for a, b in pairwise(inner)])
     return (apart * mask).sum() / (mask.sum() * len(apart))
 
 

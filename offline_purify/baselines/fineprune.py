@@ -1,4 +1,4 @@
-"""Fine-pruning of an adapter: the MLP channels most dormant on clean rows fall back to the base, then clean fine-tuning.
+"""Fine-pruning of an adapter: MLP channels dormant on clean rows fall back to the base, then clean fine-tuning.
 
 Liu et al. 2018, with a channel's activity taken as mean |activation| times the norm of its column of down_proj
 (reference/backdoor-methods.md §4.4). What is taken away is what the signature takes away: the adapter's part of a

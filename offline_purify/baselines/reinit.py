@@ -1,7 +1,7 @@
 """Re-init: the adapter's top layers start again (they fall back to the base), then clean fine-tuning.
 
-For full models the last layers are drawn anew; an adapter's layer starts from zero change. As many layers as make up the
-budget's share of all (at least one).
+For full models the last layers are drawn anew; an adapter's layer starts from zero change. As many layers as make up
+the budget's share of all (at least one).
 """
 
 from __future__ import annotations
