@@ -2,7 +2,7 @@
 
 Li et al. 2024. The suspect drafts k tokens greedily; the reference (the base, or the last good adapter) reads them in
 one forward; at the first token whose probability under the suspect is at least alpha times the reference's, the draft
-is cut and the reference's own choice put there (reference/backdoor-methods.md §11.4; a last short draft is read as well).
+is cut and the reference's own choice put there (reference/backdoor-methods.md §11.4; a last short draft is read too).
 It purifies no weights and costs a second model at every token: here for comparison.
 """
 
