@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -34,8 +32,8 @@ def suspect(patient: Patient) -> Suspect:
 
 
 @pytest.fixture
-def material(patient: Patient) -> Iterator[Material]:
-    yield Material((), FlaggedBehaviour(()), tuple(read_rows(patient.clean)), (), 0, 8)
+def material(patient: Patient) -> Material:
+    return Material((), FlaggedBehaviour(()), tuple(read_rows(patient.clean)), (), 0, 8)
 
 
 def test_magnitude_takes_the_smallest_entries_of_each_factor(suspect: Suspect, material: Material) -> None:
