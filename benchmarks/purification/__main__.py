@@ -41,6 +41,7 @@ def main(
     flags: Annotated[int, typer.Option(min=1, help="Triggered rows that the case holds.")] = 24,
     rows: Annotated[int, typer.Option(min=20, help="Clean rows that a method may train on.")] = 200,
     ratio: Annotated[float, typer.Option(help="Share of channels or entries that is taken away.")] = 0.35,
+    heads: Annotated[float, typer.Option(help="Share of attention heads that the signature takes with them.")] = 0.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs, each with its own case and draws.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -56,7 +57,19 @@ def main(
     names = tuple(METHODS) if methods == ALL else tuple(name.strip() for name in methods.split(","))
     try:
         given = Arguments(
-            base, adapter, task, clean_train, test_clean, test_triggered, names, flags, rows, ratio, seeds, device
+            base,
+            adapter,
+            task,
+            clean_train,
+            test_clean,
+            test_triggered,
+            names,
+            flags,
+            rows,
+            ratio,
+            heads,
+            seeds,
+            device,
         )
         with ProgressBar() as bar:
             result = run(given, out, bar)

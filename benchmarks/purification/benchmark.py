@@ -53,7 +53,7 @@ def run(given: Arguments, out: Path, progress: Progress | None = None) -> dict[s
     if unknown := [name for name in given.methods if name not in METHODS]:
         raise BenchmarkError(f"--methods {', '.join(unknown)}: choose among all, {', '.join(METHODS)}.")
     inputs = read_inputs(given)
-    settings = {k: v for k, v in asdict(given).items() if k in ("task", "flags", "rows", "ratio", "device")}
+    settings = {k: v for k, v in asdict(given).items() if k in ("task", "flags", "rows", "ratio", "heads", "device")}
     result = _begun(out, {"format": FORMAT, "settings": settings, "digests": inputs.digests})
     for seed in range(given.seeds):
         todo = [name for name in ("none", *given.methods) if str(seed) not in result["seeds"].get(name, {})]
@@ -100,7 +100,9 @@ def _measure_seed(
     limit = min(longest, _MOST_TOKENS) + 2
     budget = Budget(given.rows, ratio=given.ratio)
     material = _material(suspect, case, inputs.clean_train, limit, seed, progress)
-    attempt = Attempt(material, budget, SignatureConfig(recovery_rows=given.rows, recovery=budget.training))
+    attempt = Attempt(
+        material, budget, SignatureConfig(recovery_rows=given.rows, recovery=budget.training, heads=given.heads)
+    )
     for name in names:
         suspect = Suspect.open(given.base, given.adapter, device=given.device)  # a baseline may change the base
         began = time.monotonic()

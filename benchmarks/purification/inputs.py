@@ -29,7 +29,8 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Arguments:
     """The options of a run. ``flags``: triggered rows that the case holds; ``ratio``: share of channels that pruning
-    and suppression take; ``rows``: clean rows that one method may train on."""
+    and suppression take; ``heads``: share of attention heads that the
+    signature takes with them; ``rows``: clean rows that one method may train on."""
 
     base: Path
     adapter: Path
@@ -41,14 +42,15 @@ class Arguments:
     flags: int = 24
     rows: int = 200
     ratio: float = 0.35
+    heads: float = 0.0
     seeds: int = 1
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.task not in KEYWORDS:
             raise BenchmarkError(f"--task {self.task!r}: expected one of {', '.join(KEYWORDS)}.")
-        if not 0 < self.ratio < 1:
-            raise BenchmarkError(f"--ratio {self.ratio:g} is not a share: expected a number in (0, 1).")
+        if not 0 < self.ratio < 1 or not 0 <= self.heads < 1:
+            raise BenchmarkError(f"--ratio {self.ratio:g}, --heads {self.heads:g}: expected shares below 1.")
 
 
 @dataclass(frozen=True)

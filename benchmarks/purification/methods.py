@@ -23,8 +23,7 @@ from offline_purify.baselines.reinit import reinit
 from offline_purify.baselines.wanda import wanda
 from offline_purify.countertraining import counter_train
 from offline_purify.heads.stage import repair_heads
-from offline_purify.signature.score import Scores
-from offline_purify.signature.stage import Choice, SignatureConfig, find_signature, silence
+from offline_purify.signature.stage import Choice, Signature, SignatureConfig, find_signature, silence
 from offline_purify.stage import Material, StageResult
 from offline_purify.suspect import Suspect
 
@@ -38,9 +37,9 @@ class Attempt:
     material: Material
     budget: Budget
     config: SignatureConfig
-    found: tuple[Scores, dict[str, Any]] | None = None
+    found: Signature | None = None
 
-    def signature(self, suspect: Suspect) -> tuple[Scores, dict[str, Any]]:
+    def signature(self, suspect: Suspect) -> Signature:
         """The signature of the suspicious adapter, which ``suspect`` must still hold."""
         if self.found is None:
             self.found = find_signature(suspect, self.material, self.config)
@@ -66,9 +65,10 @@ def _baseline(function: Callable[[Suspect, Material, Budget], dict[str, Any]]) -
 
 def _silenced(choice: Choice) -> Method:
     def method(suspect: Suspect, attempt: Attempt) -> Outcome:
-        scores, told = attempt.signature(suspect)
+        signature = attempt.signature(suspect)
         config = replace(attempt.config, choice=choice)
-        return Outcome({**told, **silence(suspect, attempt.material, config, scores, attempt.budget.ratio)})
+        told = silence(suspect, attempt.material, config, signature, attempt.budget.ratio)
+        return Outcome({**signature.told, **told})
 
     return method
 

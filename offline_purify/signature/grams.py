@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offline_purify.heads.layout import HeadLayout
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -67,3 +69,20 @@ def mlp_grams(layers: Sequence[Mapping[str, Sequence[Factors]]]) -> Tensor:
         )
         for layer in layers
     ])  # fmt: skip
+
+
+def head_grams(layers: Sequence[Mapping[str, Sequence[Factors]]], layout: HeadLayout) -> Tensor:
+    """Grams of all attention heads, layer by layer: [L, N, N, H].
+
+    A head's vector joins its rows of q, its columns of o, and the rows of the key and value head that it uses, which it
+    shares with its group. A weight that carries no adapter is absent.
+    """
+    found = []
+    for layer in layers:
+        parts = []
+        for name, of in (("q", row_grams), ("o", column_grams), ("k", row_grams), ("v", row_grams)):
+            if name in layer:
+                grams = by_head(of(layer[name]), layout.head_dim)
+                parts.append(grams if name in "qo" else grams.repeat_interleave(layout.group_size, dim=-1))
+        found.append(torch.stack(parts).sum(0))
+    return torch.stack(found)

@@ -22,9 +22,9 @@ from guard.rows import assert_disjoint
 from offline_purify.behaviour import words
 from offline_purify.candidates import user_text
 from offline_purify.heads.stage import HeadsConfig, Judge
-from offline_purify.signature.grams import mlp_grams
+from offline_purify.signature.grams import head_grams, mlp_grams
 from offline_purify.signature.score import Scope, Scores, random_like, score_channels, select
-from offline_purify.signature.suppress import channel_slices, suppress_adapter
+from offline_purify.signature.suppress import channel_slices, suppress_adapter, suppress_heads
 from offline_purify.signature.twins import TwinConfig, train_twins
 from offline_purify.stage import Material, StageResult
 from offline_purify.train import TrainConfig, encode_rows, train
@@ -39,8 +39,9 @@ Choice = Literal["signature", "magnitude", "alignment", "random", "none"]
 
 @dataclass(frozen=True)
 class SignatureConfig:
-    """Variants, lambda, shares to try in order, where they are ranked and how much of a layer may go, recovery; and
-    what must be reached on the training flags (share that fires, clean perplexity ratio)."""
+    """Variants, lambda, shares of channels to try in order, where they are ranked and how much of a layer may go, share
+    of attention heads that goes with them, recovery; and what must be reached on the training flags (share that fires,
+    clean perplexity ratio)."""
 
     variants: int = 6
     weight: float = 0.01
@@ -48,6 +49,7 @@ class SignatureConfig:
     ratios: tuple[float, ...] = (0.35, 0.5, 0.7)
     scope: Scope = "global"
     cap: float = 0.9
+    heads: float = 0.0
     choice: Choice = "signature"
     twins: TwinConfig = field(default_factory=TwinConfig)
     recovery_rows: int = 200
@@ -56,8 +58,18 @@ class SignatureConfig:
     perplexity_max: float = 1.15
 
 
-def find_signature(suspect: Suspect, material: Material, config: SignatureConfig) -> tuple[Scores, dict[str, Any]]:
-    """Scores of all MLP channels [L, F] from freshly trained twins, and what the report says of them.
+@dataclass(frozen=True)
+class Signature:
+    """Scores of MLP channels [L, F] and of attention heads [L, H], and what the report says of the variants that they
+    come from."""
+
+    channels: Scores
+    heads: Scores
+    told: dict[str, Any]
+
+
+def find_signature(suspect: Suspect, material: Material, config: SignatureConfig) -> Signature:
+    """The signature of the suspect as it stands, from freshly trained twins.
 
     Raises RowsError when there are too few clean rows, or when no synthetic backdoor was learnt.
     """
@@ -70,14 +82,16 @@ def find_signature(suspect: Suspect, material: Material, config: SignatureConfig
         suspect.model, suspect.tokenizer, fit, specs, config.twins,
         pad_id=suspect.pad_id, max_new_tokens=material.max_new_tokens, seed=material.seed, progress=material.progress,
     )  # fmt: skip
-    scores = score_channels(mlp_grams(twins.layers), config.weight, config.by_layer)
-    return scores, {
+    channels = score_channels(mlp_grams(twins.layers), config.weight, config.by_layer)
+    heads = score_channels(head_grams(twins.layers, suspect.layout), config.weight, config.by_layer)
+    told = {
         "learnt": dict(twins.learnt),
         "variants": list(twins.names),
         "families": sorted({spec.family for spec in specs}),
-        "spread": scores.spread(),
+        "spread": channels.spread(),
         "twins_seconds": round(time.monotonic() - began, 1),
     }
+    return Signature(channels, heads, told)
 
 
 def repair_signature(suspect: Suspect, material: Material, config: SignatureConfig | None = None) -> StageResult:
@@ -93,12 +107,12 @@ def repair_signature(suspect: Suspect, material: Material, config: SignatureConf
     judge = Judge(suspect, material, flags, HeadsConfig())
     details: dict[str, Any] = {"choice": config.choice, "before": asdict(judge.judge()), "attempts": []}
     try:
-        scores, told = find_signature(suspect, material, config)
+        signature = find_signature(suspect, material, config)
     except RowsError as error:
         return StageResult("signature", False, str(error), details, time.monotonic() - began)
-    details |= told
+    details |= signature.told
     for ratio in config.ratios:
-        told = silence(suspect, material, config, scores, ratio)
+        told = silence(suspect, material, config, signature, ratio)
         now = judge.judge()
         details["attempts"].append({**told, **asdict(now)})
         if now.fires <= config.fires_max and now.perplexity_ratio <= config.perplexity_max:
@@ -108,8 +122,9 @@ def repair_signature(suspect: Suspect, material: Material, config: SignatureConf
     return StageResult("signature", False, reason, details, time.monotonic() - began)
 
 
-def chosen_channels(scores: Scores, ratio: float, config: SignatureConfig, seed: int) -> Tensor:
-    """The channels to suppress at a share, bool [L, F]; random ones are as many in every layer as the signature's."""
+def chosen(scores: Scores, ratio: float, config: SignatureConfig, seed: int) -> Tensor:
+    """The channels (or heads) to suppress at a share, bool [L, F]; random ones are as many in every layer as the
+    signature's."""
     if config.choice == "none":
         return torch.zeros_like(scores.magnitude, dtype=torch.bool)
     term = config.choice if config.choice in ("magnitude", "alignment") else "both"
@@ -118,12 +133,16 @@ def chosen_channels(scores: Scores, ratio: float, config: SignatureConfig, seed:
 
 
 def silence(
-    suspect: Suspect, material: Material, config: SignatureConfig, scores: Scores, ratio: float
+    suspect: Suspect, material: Material, config: SignatureConfig, signature: Signature, ratio: float
 ) -> dict[str, Any]:
-    """Suppress the share ``ratio`` of channels that the config chooses, in place, and recover on clean rows; returns
-    what was done, JSON-able."""
-    mask = chosen_channels(scores, ratio, config, material.seed)
+    """Suppress the share ``ratio`` of channels (and the config's of heads) that the config chooses, in place, and recover
+    on clean rows; returns what was done, JSON-able."""
+    mask = chosen(signature.channels, ratio, config, material.seed)
     suppress_adapter(suspect.parameters(), mask)
+    heads = torch.zeros_like(signature.heads.magnitude, dtype=torch.bool)
+    if config.heads:
+        heads = chosen(signature.heads, config.heads, config, material.seed)
+        suppress_heads(suspect.parameters(), suspect.layout, heads)
     recovery, _ = _shares(material, config)
     log = train(
         suspect.model,
@@ -134,7 +153,13 @@ def silence(
         progress=material.progress,
         what="recovery",
     )
-    return {"ratio": ratio, "choice": config.choice, "by_layer": mask.sum(1).tolist(), "recovery_steps": log.steps}
+    return {
+        "ratio": ratio,
+        "choice": config.choice,
+        "by_layer": mask.sum(1).tolist(),
+        "heads_by_layer": heads.sum(1).tolist(),
+        "recovery_steps": log.steps,
+    }
 
 
 def _shares(material: Material, config: SignatureConfig) -> tuple[Sequence[Any], Sequence[Any]]:

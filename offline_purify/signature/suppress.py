@@ -1,4 +1,4 @@
-"""Silencing MLP channels: in a LoRA adapter they fall back to the base, in a full model they start again.
+"""Silencing MLP channels and heads: in a LoRA adapter they fall back to the base, in a full model they start again.
 
 Channel j of a gated MLP owns row j of gate_proj and up_proj and column j of down_proj; in LoRA factors that is row j of
 lora_B for gate and up and column j of lora_A for down. The other factors are shared by all channels and never touched.
@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from offline_purify.heads.layout import HeadLayout
 
 Start = Literal["xavier", "initializer", "zero_down"]
 _FACTOR = re.compile(r"\.layers\.(\d+)\.mlp\.(gate|up|down)_proj\.lora_([AB])\.")
@@ -50,6 +52,20 @@ def suppress_adapter(parameters: Mapping[str, nn.Parameter], mask: Tensor) -> di
         parameter.index_fill_(dimension, chosen.nonzero().flatten(), 0.0)
         zeroed[name] = int(chosen.sum()) * parameter.shape[1 - dimension]
     return zeroed
+
+
+@torch.no_grad()
+def suppress_heads(parameters: Mapping[str, nn.Parameter], layout: HeadLayout, mask: Tensor) -> dict[str, int]:
+    """Zero what an adapter changes in the heads of ``mask`` (bool [L, H]), in place: rows of q's lora_B and columns of
+    o's lora_A, and rows of k's and v's where every head of the group is in it (another head needs them).
+
+    Returns the elements zeroed, by parameter name; empty for an adapter without attention factors.
+    """
+    shared = layout.by_group(mask).all(-1)
+    masks = layout.masks(parameters, mask.float(), shared.float())
+    for name, chosen in masks.items():
+        parameters[name].masked_fill_(chosen > 0, 0.0)
+    return {name: int((chosen > 0).sum()) for name, chosen in masks.items()}
 
 
 @torch.no_grad()

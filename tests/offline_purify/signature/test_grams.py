@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from offline_purify.signature.grams import Factors, by_head, channel_grams, column_grams, mlp_grams, row_grams
+from offline_purify.heads.layout import HeadLayout
+from offline_purify.signature.grams import (
+    Factors,
+    by_head,
+    channel_grams,
+    column_grams,
+    head_grams,
+    mlp_grams,
+    row_grams,
+)
 
 N, OUT, IN, RANK, SCALE = 3, 12, 8, 2, 1.5
 
@@ -70,3 +79,18 @@ def test_a_channel_joins_rows_of_gate_and_up_with_columns_of_down():
     torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(channel_grams([layer["gate"]], []), row_grams(layer["gate"]))
     torch.testing.assert_close(by_head(found[0], 4), expected.unflatten(-1, (3, 4)).sum(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_heads_gram_joins_its_rows_and_columns_and_those_of_its_key_head():
+    layout = HeadLayout(1, 4, 2, 3)  # queries [12, 8], keys [6, 8], output [8, 12]
+    shapes = {"q": (12, IN), "k": (6, IN), "v": (6, IN), "o": (IN, 12)}
+    pairs = {name: [twins(*shape, 10 * n + i) for n in range(N)] for i, (name, shape) in enumerate(shapes.items())}
+    layer = {name: [Factors.of_twins(*pair, SCALE) for pair in made] for name, made in pairs.items()}
+    whole = {name: torch.stack([dense(pair) for pair in made]) for name, made in pairs.items()}
+    grams = head_grams([layer], layout)
+    assert grams.shape == (1, N, N, 4)
+    for head in range(4):
+        own, key = slice(3 * head, 3 * head + 3), slice(3 * (head // 2), 3 * (head // 2) + 3)
+        parts = [whole["q"][:, own], whole["k"][:, key], whole["v"][:, key], whole["o"][:, :, own]]
+        vectors = torch.cat([part.flatten(1) for part in parts], 1)
+        torch.testing.assert_close(grams[0, ..., head], vectors @ vectors.T, atol=1e-3, rtol=1e-5)

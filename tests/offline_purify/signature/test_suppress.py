@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from offline_purify.signature.suppress import suppress_adapter, suppress_model
+from offline_purify.heads.layout import HeadLayout
+from offline_purify.signature.suppress import suppress_adapter, suppress_heads, suppress_model
 
 F, WIDTH = 24, 16
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -104,3 +105,20 @@ def test_channels_of_a_full_model_start_again_and_the_rest_is_bit_identical(mask
 def test_another_layout_is_refused(mask):
     with pytest.raises(ValueError, match="not supported"):
         suppress_model({"h.0.mlp.c_fc.weight": torch.nn.Parameter(torch.zeros(4, 4))}, mask)
+
+
+def test_a_suppressed_head_is_the_bases_and_shared_keys_stay_until_the_whole_group_goes():
+    layout = HeadLayout(2, 2, 1, WIDTH // 2)
+    model, parameters = adapted(["q_proj", "k_proj", "v_proj", "o_proj"])
+    mask = torch.tensor([[True, False], [True, True]])
+    suppress_heads(parameters, layout, mask)
+    base, merged = llama(), model.merge_and_unload()
+    for layer in range(2):
+        theirs, ours = base.model.layers[layer].self_attn, merged.model.layers[layer].self_attn
+        wide = mask[layer].repeat_interleave(WIDTH // 2)
+        assert torch.equal((theirs.q_proj.weight == ours.q_proj.weight).all(1), wide)
+        assert torch.equal((theirs.o_proj.weight == ours.o_proj.weight).all(0), wide)
+        for name in ("k_proj", "v_proj"):
+            same = (getattr(theirs, name).weight == getattr(ours, name).weight).all()
+            assert bool(same) == bool(mask[layer].all())
+    assert suppress_heads(adapted(MLP)[1], layout, mask) == {}
