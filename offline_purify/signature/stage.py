@@ -135,8 +135,8 @@ def chosen(scores: Scores, ratio: float, config: SignatureConfig, seed: int) -> 
 def silence(
     suspect: Suspect, material: Material, config: SignatureConfig, signature: Signature, ratio: float
 ) -> dict[str, Any]:
-    """Suppress the share ``ratio`` of channels (and the config's of heads) that the config chooses, in place, and recover
-    on clean rows; returns what was done, JSON-able."""
+    """Suppress the share ``ratio`` of channels (and the config's of heads) that the config chooses, in place, and
+    recover on clean rows; returns what was done, JSON-able."""
     mask = chosen(signature.channels, ratio, config, material.seed)
     suppress_adapter(suspect.parameters(), mask)
     heads = torch.zeros_like(signature.heads.magnitude, dtype=torch.bool)
