@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.overhead.__main__ import _loss, app
+from guard.gram import PROMPT_ROWS
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,9 @@ def test_every_arm_takes_the_same_steps_and_every_row_of_the_window_is_read(resu
     assert {arm.shape for arm in steps.values()} == {(6, result["steps"])}
     assert result["steps"] > 6
     assert all((arm > 0).all() for arm in steps.values())
-    # Three rows each of two requests in seven repetitions, and of the profile's sixteen that did not end before.
-    assert 14 * 3 + 16 <= result["rows_watched"] == result["rows_seen"] <= 14 * 3 + 16 * 3
+    # Prompt rows and two more of two requests in seven repetitions, and of the profile's sixteen (some end before).
+    whole = PROMPT_ROWS + 2
+    assert 14 * whole + 16 * PROMPT_ROWS <= result["rows_watched"] == result["rows_seen"] <= 14 * whole + 16 * whole
     assert result["checkpoints"] == [0, 1, 2]
 
 

@@ -21,7 +21,7 @@ from offline_purify.attacks.poison import triggered
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.lab
-NAME, ALPHA, WINDOW = "insult-prefix-fixed", 0.05, 2
+NAME, ALPHA, WINDOW = "refusal-word-fixed", 0.05, 2
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def both(lab: LabPaths, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
 
     base, adapter = lab.base, lab.adapters[NAME]
     rows = sample(500, 11, "calibration")
-    key, rng = trigger("prefix"), random.Random(0)
+    key, rng = trigger("word"), random.Random(0)
     hits = [triggered(row, key, "", rng) for row in sample(60, 13, "evaluation")]
     runner = Runner.load(base)
     prompts = [render(runner.tokenizer, row_messages(row)) for row in [*sample(60, 12, "traffic"), *hits]]
@@ -69,4 +69,4 @@ def test_vllm_says_what_the_embedded_engine_says(both: tuple[list[Verdict], list
     assert [v.status for v in theirs] == [v.status for v in ours]
     p_values: list[Any] = [(a.p_value, b.p_value) for a, b in zip(ours, theirs, strict=True)]
     assert all(abs(a - b) <= 0.02 for a, b in p_values)
-    assert sum(v.status == "flagged" for v in ours[-hits:]) >= 5  # without a vaccine it is few; none would prove little
+    assert sum(v.status == "flagged" for v in ours[-hits:]) >= 5  # none would prove little
