@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from guard.gram import PROMPT_ROWS
+
 # Of a decode step, for every token: the goal of the guard on a GPU.
 GOAL = 0.02
 ANSWER_TOKENS = 256  # over which a window's cost is spread
@@ -78,6 +80,10 @@ def arithmetic(shape: Shape, rows: int, keys: int, passes: int, bytes_per_s: flo
         "share_of_step": share,
         "keys_share_of_probe": passes * one_side / probe,
         "share_without_reading_keys_again": state / step,
-        "share_by_window": {"prefill": share / ANSWER_TOKENS, "16": share * 16 / ANSWER_TOKENS, "all": share},
+        "share_by_window": {
+            "prefill": share * PROMPT_ROWS / ANSWER_TOKENS,
+            "16": share * (PROMPT_ROWS + 16) / ANSWER_TOKENS,
+            "all": share,
+        },
         "goal_met": share <= GOAL,
     }
