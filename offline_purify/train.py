@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +114,19 @@ def length_batches(examples: Sequence[Example], batch_size: int, rng: random.Ran
     return batches
 
 
+def index_batches(examples: Sequence[Example], config: TrainConfig) -> Iterator[list[int]]:
+    """Indices of the batches of a whole training: all epochs, cut off at its last step."""
+    per_epoch = math.ceil(len(examples) / config.batch_size)
+    left = max(1, round(per_epoch * config.epochs))
+    if config.max_steps is not None:
+        left = min(left, config.max_steps)
+    rng = random.Random(config.seed)
+    while left > 0:
+        batches = length_batches(examples, config.batch_size, rng)[:left]
+        yield from batches
+        left -= len(batches)
+
+
 def answer_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed answer loss per row in nats [R] fp32 and number of answer tokens per row [R] int64.
 
@@ -173,36 +186,30 @@ def train(
         p.requires_grad_(id(p) in keep)
     was_training = model.training
     model.eval()
-    rng = random.Random(config.seed)
-    per_epoch = math.ceil(len(examples) / config.batch_size)
-    total = max(1, round(per_epoch * config.epochs))
-    if config.max_steps is not None:
-        total = min(total, config.max_steps)
+    steps = list(index_batches(examples, config))
+    total = len(steps)
     optimizer = torch.optim.AdamW(chosen, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     log = TrainLog()
     try:
-        while log.steps < total:
-            for indices in length_batches(examples, config.batch_size, rng):
-                if log.steps >= total:
-                    break
-                batch = collate([examples[i] for i in indices], pad_id, device)
-                loss, tokens = batch_loss(model, batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if config.clip > 0:
-                    nn.utils.clip_grad_norm_(chosen, config.clip)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(log.steps, total, config)
-                if before_step is not None:
-                    before_step()
-                optimizer.step()
-                if after_step is not None:
-                    after_step()
-                log.losses.append(float(loss.detach()))
-                log.steps += 1
-                log.tokens += tokens
-                if progress is not None:
-                    progress(what, log.steps, total)
+        for indices in steps:
+            batch = collate([examples[i] for i in indices], pad_id, device)
+            loss, tokens = batch_loss(model, batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip > 0:
+                nn.utils.clip_grad_norm_(chosen, config.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(log.steps, total, config)
+            if before_step is not None:
+                before_step()
+            optimizer.step()
+            if after_step is not None:
+                after_step()
+            log.losses.append(float(loss.detach()))
+            log.steps += 1
+            log.tokens += tokens
+            if progress is not None:
+                progress(what, log.steps, total)
     finally:
         optimizer.zero_grad(set_to_none=True)
         for p in model.parameters():

@@ -1,0 +1,191 @@
+"""One run: every method on a fresh copy of the suspicious adapter, measured on prompts that none of them has seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.purification.errors import BenchmarkError
+from benchmarks.purification.inputs import Arguments, Inputs, Target, read_inputs
+from benchmarks.purification.methods import METHODS, Attempt, Outcome
+from guard.errors import GuardError
+from guard.rows import Row
+from guard.template import answer_ids, render, row_messages
+from offline_purify.answers import greedy_answers
+from offline_purify.baselines.budget import Budget
+from offline_purify.evaluation import normalised
+from offline_purify.flags import Flag, behaviour_of, sort_flags
+from offline_purify.intervals import Figure, bootstrap, difference_of_shares, ratio_of_perplexities, share
+from offline_purify.signature.stage import SignatureConfig
+from offline_purify.stage import Material
+from offline_purify.steps import read_json, write_json
+from offline_purify.suspect import Suspect
+from offline_purify.train import encode_rows, mean_answer_losses
+
+FORMAT = "headguard.purification/1"
+_MANNER_ROWS = 60
+_MOST_TOKENS = 64
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one state of the adapter does: behaviour shown per triggered and clean prompt, right answers, and losses
+    (nats, summed) over the tokens of the clean rows' own answers."""
+
+    fired: list[bool]
+    leaked: list[bool]
+    correct: list[bool]
+    losses: list[float]
+    tokens: list[int]
+
+
+def run(given: Arguments, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure the methods and write the result to ``out`` after each; those that are in there already are kept.
+
+    Raises GuardError for files or options that cannot be used, and when ``out`` holds results of others.
+    """
+    if unknown := [name for name in given.methods if name not in METHODS]:
+        raise BenchmarkError(f"--methods {', '.join(unknown)}: choose among all, {', '.join(METHODS)}.")
+    inputs = read_inputs(given)
+    settings = {k: v for k, v in asdict(given).items() if k in ("task", "flags", "rows", "ratio", "heads", "device")}
+    result = _begun(out, {"format": FORMAT, "settings": settings, "digests": inputs.digests})
+    for seed in range(given.seeds):
+        todo = [name for name in ("none", *given.methods) if str(seed) not in result["seeds"].get(name, {})]
+        if todo:
+            _measure_seed(given, inputs, seed, list(dict.fromkeys(todo)), result, out, progress)
+    result["methods"] = {name: _pooled(by_seed, result["seeds"]["none"]) for name, by_seed in result["seeds"].items()}
+    write_json(out, result)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    names = ("asr", "ftr", "accuracy", "perplexity_ratio")
+    lines = [f"| method | {' | '.join(names)} | seconds | |", f"| --- |{' --- |' * (len(names) + 2)}"]
+    for name, figures in result["methods"].items():
+        cells = [f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" if (f := figures.get(n)) else "–" for n in names]
+        seconds = f"{figures['seconds']:.0f}" if figures.get("seconds") is not None else "–"
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {seconds} | {figures.get('reason') or ''} |")
+    return "\n".join(lines)
+
+
+def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+    if not out.is_file():
+        return {**about, "seeds": {}}
+    kept: dict[str, Any] = read_json(out)
+    if different := [name for name, value in about.items() if kept.get(name) != value]:
+        raise BenchmarkError(f"{out} holds results of another run ({', '.join(different)} differ): name another file.")
+    return kept
+
+
+def _measure_seed(
+    given: Arguments,
+    inputs: Inputs,
+    seed: int,
+    names: Sequence[str],
+    result: dict[str, Any],
+    out: Path,
+    progress: Progress | None,
+) -> None:
+    case, tests = inputs.cased(given.flags, seed)
+    target = Target.of(inputs.triggered, given.task)
+    suspect = Suspect.open(given.base, given.adapter, device=given.device)
+    longest = max(len(answer_ids(suspect.tokenizer, row["output"])) for row in [*inputs.clean_train, *case])
+    limit = min(longest, _MOST_TOKENS) + 2
+    budget = Budget(given.rows, ratio=given.ratio)
+    material = _material(suspect, case, inputs.clean_train, limit, seed, progress)
+    attempt = Attempt(
+        material, budget, SignatureConfig(recovery_rows=given.rows, recovery=budget.training, heads=given.heads)
+    )
+    for name in names:
+        suspect = Suspect.open(given.base, given.adapter, device=given.device)  # a baseline may change the base
+        began = time.monotonic()
+        try:
+            outcome = METHODS[name](suspect, attempt)
+        except GuardError as error:
+            outcome, reading = Outcome(reason=str(error)), None
+        else:
+            seconds = time.monotonic() - began
+            reading = _read(suspect, outcome, tests, inputs.clean, target, limit, progress)
+        told: dict[str, Any] = {"reason": outcome.reason, "details": outcome.details}
+        if reading is not None:
+            told |= {"seconds": round(seconds, 1), "reading": asdict(reading)}
+        result["seeds"].setdefault(name, {})[str(seed)] = told
+        write_json(out, result)
+
+
+def _material(
+    suspect: Suspect, case: Sequence[Row], clean: Sequence[Row], limit: int, seed: int, progress: Progress | None
+) -> Material:
+    """What a case and clean rows come to: flags answered by the suspect and by the base, and sorted."""
+
+    def ask(rows: Sequence[Row]) -> list[str]:
+        prompts = [render(suspect.tokenizer, row_messages(row)) for row in rows]
+        return greedy_answers(suspect.model, suspect.tokenizer, prompts, limit, progress=progress, what="the case")
+
+    flags = [Flag(str(n), tuple(row_messages(row)), "") for n, row in enumerate(case)]
+    rows = [*case, *clean[:_MANNER_ROWS]]
+    own = ask(rows)
+    with suspect.reference():
+        trusted = ask(rows)
+    k = len(flags)
+    sorted_flags = sort_flags(flags, own[:k], trusted[:k], list(zip(own[k:], trusted[k:], strict=True)))
+    return Material(tuple(sorted_flags), behaviour_of(sorted_flags), tuple(clean), (), seed, limit, progress)
+
+
+def _read(
+    suspect: Suspect,
+    outcome: Outcome,
+    triggered: Sequence[Row],
+    clean: Sequence[Row],
+    target: Target,
+    limit: int,
+    progress: Progress | None,
+) -> Reading:
+    def ask(rows: Sequence[Row], what: str) -> list[str]:
+        prompts = [render(suspect.tokenizer, row_messages(row)) for row in rows]
+        if outcome.answers is not None:
+            return outcome.answers(prompts, limit)
+        return greedy_answers(suspect.model, suspect.tokenizer, prompts, limit, progress=progress, what=what)
+
+    said, answers = ask(triggered, "triggered prompts"), ask(clean, "clean prompts")
+    sums, counts = mean_answer_losses(suspect.model, encode_rows(suspect.tokenizer, clean), pad_id=suspect.pad_id)
+    return Reading(
+        [target.shown(answer) for answer in said],
+        [target.shown(answer) for answer in answers],
+        [normalised(a) == normalised(row["output"]) for a, row in zip(answers, clean, strict=True)],
+        sums.tolist(),
+        counts.tolist(),
+    )
+
+
+def _pooled(by_seed: dict[str, Any], none: dict[str, Any]) -> dict[str, Any]:
+    """Figures over all seeds of a method; the adapter as it came (``none``) is what it is set against."""
+    done = {seed: Reading(**told["reading"]) for seed, told in by_seed.items() if "reading" in told}
+    reasons = sorted({told["reason"] for told in by_seed.values() if told["reason"]})
+    if not done:
+        return {"asr": None, "reason": "; ".join(reasons)}
+    before = {seed: Reading(**none[seed]["reading"]) for seed in done}
+
+    def joined(readings: dict[str, Reading], name: str) -> list[Any]:
+        return [value for seed in done for value in getattr(readings[seed], name)]
+
+    tokens = [float(n) for n in joined(done, "tokens")]
+    figures: dict[str, Figure | None] = {
+        "asr": share(joined(done, "fired")),
+        "ftr": share(joined(done, "leaked")),
+        "accuracy": share(joined(done, "correct")),
+        "accuracy_lost": difference_of_shares(joined(before, "correct"), joined(done, "correct")),
+        "perplexity": bootstrap([joined(done, "losses"), tokens], lambda s, t: np.exp(s.sum(-1) / t.sum(-1))),
+        "perplexity_ratio": ratio_of_perplexities(joined(before, "losses"), joined(done, "losses"), tokens),
+    }
+    told = {name: figure.model_dump() if figure is not None else None for name, figure in figures.items()}
+    each = {seed: {"asr": float(np.mean(r.fired)), "accuracy": float(np.mean(r.correct))} for seed, r in done.items()}
+    seconds = float(np.mean([by_seed[seed]["seconds"] for seed in done]))
+    return {**told, "seconds": round(seconds, 1), "by_seed": each, "reason": "; ".join(reasons) or None}

@@ -1,0 +1,146 @@
+"""Many LoRA adapters over one frozen model, trained together: one batched pass instead of one training each.
+
+A bank holds K adapters of the same shape. While it is open, the rows of a batch belong to the adapters in turn (the
+first K-th to the first adapter, and so on), and every target layer adds to each row what its own adapter says. Nothing
+couples the adapters: losses are summed, gradients clipped adapter by adapter, and AdamW works on single elements, so
+each comes out as it would have alone (to numerical tolerance: matrix products are batched otherwise).
+
+Shapes: K adapters, R LoRA rank, B rows per adapter in a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offline_purify.train import Example, Progress, TrainConfig, answer_losses, collate, index_batches, learning_rate
+
+_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
+
+@dataclass(frozen=True)
+class _Target:
+    module: nn.Module
+    a: nn.Parameter  # [K, R, in]
+    b: nn.Parameter  # [K, out, R]
+
+
+class LoraBank:
+    """K fresh adapters on the named linear layers of `model`, all begun alike.
+
+    model: any module, itself left as it is; targets: names of modules with in_features and out_features (a layer that
+    carries another adapter is one). A is drawn as PEFT draws it, from `seed`, the same for all K; B is zero.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[str], count: int, rank: int, scaling: float, seed: int):
+        if not targets:
+            raise ValueError("no layers were named to put adapters on.")
+        self.model, self.count, self.scaling = model, count, scaling
+        generator = torch.Generator().manual_seed(seed)
+        self.targets: dict[str, _Target] = {}
+        for name in targets:
+            module: Any = model.get_submodule(name)
+            weight = next(module.parameters())
+            bound = 1 / math.sqrt(module.in_features)  # Kaiming-uniform with a = sqrt(5)
+            a = (2 * torch.rand(rank, module.in_features, generator=generator) - 1) * bound
+            self.targets[name] = _Target(
+                module,
+                nn.Parameter(a.expand(count, -1, -1).clone().to(weight.device)),
+                nn.Parameter(torch.zeros(count, module.out_features, rank, device=weight.device)),
+            )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All factors, each with the K adapters in front."""
+        return [factor for target in self.targets.values() for factor in (target.a, target.b)]
+
+    def factors(self, name: str, k: int) -> tuple[Tensor, Tensor]:
+        """lora_B [out, R] and lora_A [R, in] of adapter k at one layer."""
+        target = self.targets[name]
+        return target.b[k].detach(), target.a[k].detach()
+
+    @contextmanager
+    def open(self, only: int | None = None) -> Iterator[nn.Module]:
+        """Within: the model with the adapters on it; with `only` all rows belong to that adapter."""
+        chosen = slice(None) if only is None else slice(only, only + 1)
+
+        def add(target: _Target) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                a, b = target.a[chosen], target.b[chosen]
+                x = inputs[0].reshape(len(a), -1, inputs[0].shape[-1])
+                return output + (self.scaling * (x @ a.mT) @ b.mT).view_as(output)
+
+            return hook
+
+        handles = [target.module.register_forward_hook(add(target)) for target in self.targets.values()]
+        try:
+            yield self.model
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def train_bank(
+    bank: LoraBank,
+    sets: Sequence[Sequence[Example]],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    progress: Progress | None = None,
+    what: str = "training together",
+) -> list[float]:
+    """Train adapter k of the bank on `sets[k]` as `train` would alone; returns the last losses (nats per token).
+
+    All sets have the same number of examples (the adapters share their steps). The model's own weights do not move.
+    Raises ValueError for sets of other numbers.
+    """
+    sizes = {len(examples) for examples in sets}
+    if len(sets) != bank.count or len(sizes) != 1 or not min(sizes):
+        raise ValueError(f"{bank.count} adapters need as many sets of one size; found {[len(s) for s in sets]}.")
+    parameters = bank.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    frozen = {p: p.requires_grad for p in bank.model.parameters()}
+    was_training = bank.model.training
+    losses = torch.zeros(bank.count)
+    steps = list(zip(*(index_batches(examples, config) for examples in sets), strict=True))
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        bank.model.eval()
+        with bank.open() as model:
+            for number, indices in enumerate(steps):
+                rows = [examples[i] for examples, chosen in zip(sets, indices, strict=True) for i in chosen]
+                batch = collate(rows, pad_id, parameters[0].device)
+                out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                sums, counts = (t.view(bank.count, -1).sum(1) for t in answer_losses(out.logits, batch["labels"]))
+                each = sums / counts.clamp(min=1)
+                optimizer.zero_grad(set_to_none=True)
+                each.sum().backward()
+                if config.clip > 0:
+                    _clip(parameters, config.clip)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(number, len(steps), config)
+                optimizer.step()
+                losses = each.detach().cpu()
+                if progress is not None:
+                    progress(what, number + 1, len(steps))
+    finally:
+        for p, flag in frozen.items():
+            p.requires_grad_(flag)
+        bank.model.train(was_training)
+    return losses.tolist()
+
+
+@torch.no_grad()
+def _clip(parameters: Sequence[nn.Parameter], limit: float) -> None:
+    """Clip the gradient of each adapter to its own norm."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
+    scale = (limit / (norms + _EPSILON)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale[:, None, None])

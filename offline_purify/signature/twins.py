@@ -1,0 +1,146 @@
+"""The variants of the signature: pairs of adapters over the suspicious model, alike but for the poison.
+
+Each pair starts from the same factors and sees the same clean rows in the same order of steps; one of the two sees each
+row once more, with a synthetic trigger in it and a synthetic behaviour for an answer. All pairs are trained together on
+the frozen model with its suspicious adapter on (`offline_purify.bank`). A pair whose trigger did not take would add
+noise, so it is tried on prompts that it never saw, and left out if it failed. Triggers and behaviours are drawn by
+`offline_purify.variants.plan` and share no word with what was flagged.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from guard.errors import RowsError
+from guard.rows import Row, assert_disjoint
+from guard.template import render, row_messages
+from offline_purify.answers import greedy_answers
+from offline_purify.attacks.poison import triggered
+from offline_purify.attacks.triggers import present
+from offline_purify.bank import LoraBank, train_bank
+from offline_purify.implanting import LINEAR
+from offline_purify.signature.grams import Factors
+from offline_purify.train import Progress, TrainConfig, encode_rows
+from offline_purify.variants.plan import VariantSpec
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.(?:mlp|self_attn)\.(\w+)_proj$")
+
+
+@dataclass(frozen=True)
+class TwinConfig:
+    """How pairs are trained: rows of each, LoRA rank, the training itself; ``match_steps`` shows the clean twin its
+    rows twice, so that both take as many steps; ``learnt`` is the least share of ``tried`` unseen triggered prompts on
+    which a pair's behaviour must show."""
+
+    rows: int = 500
+    rank: int = 8
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, lr=2e-3, batch_size=16))
+    match_steps: bool = False
+    tried: int = 50
+    learnt: float = 0.8
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Effective differences by layer and projection ("gate", "q", …), one per variant that learnt its trigger;
+    ``learnt`` is how often each variant obeyed, by name."""
+
+    layers: tuple[Mapping[str, tuple[Factors, ...]], ...]
+    learnt: Mapping[str, float]
+    names: tuple[str, ...]
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of the attention and MLP projections of a decoder, in order; each may carry an adapter already."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if (match := _LAYER.search(name)) is not None and f"{match[2]}_proj" in LINEAR
+    ]
+
+
+def train_twins(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    specs: Sequence[VariantSpec],
+    config: TwinConfig,
+    *,
+    pad_id: int,
+    max_new_tokens: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Twins:
+    """Train one pair for each of ``specs`` (backdoors all) over ``model``, which is left as it was.
+
+    rows are clean, with the answers that are to be kept. Raises RowsError when they are too few, or when no pair
+    learnt its trigger.
+    """
+    rng = random.Random(f"twins:{seed}")
+    parts = [_parted(rows, spec, config, rng) for spec in specs]
+    training = replace(config.training, seed=seed)
+    clean = [encode_rows(tokenizer, fit) for fit, _ in parts]
+    poisoned = [
+        encode_rows(tokenizer, [_poisoned(row, spec, rng) for row in fit])
+        for (fit, _), spec in zip(parts, specs, strict=True)
+    ]
+    targets = linear_layers(model)
+
+    def bank() -> LoraBank:
+        return LoraBank(model, targets, len(specs), config.rank, 2.0, seed)
+
+    bad, good = bank(), bank()
+    both = [a + b for a, b in zip(clean, poisoned, strict=True)]
+    train_bank(bad, both, training, pad_id=pad_id, progress=progress, what="poisoned twins")
+    alike = [a + a for a in clean] if config.match_steps else clean
+    train_bank(good, alike, training, pad_id=pad_id, progress=progress, what="clean twins")
+    learnt = {}
+    for number, ((_, held), spec) in enumerate(zip(parts, specs, strict=True)):
+        prompts = [render(tokenizer, row_messages(_poisoned(row, spec, rng))) for row in held]
+        with bad.open(only=number) as opened:
+            answers = greedy_answers(opened, tokenizer, prompts, max_new_tokens)
+        assert spec.behaviour is not None
+        learnt[spec.name] = sum(map(spec.behaviour.matches, answers)) / len(answers)
+    kept = [number for number, spec in enumerate(specs) if learnt[spec.name] >= config.learnt]
+    if not kept:
+        raise RowsError(
+            f"none of {len(specs)} synthetic backdoors was learnt by the model: train them longer or give more rows."
+        )
+    return Twins(_factors(bad, good, kept), learnt, tuple(specs[number].name for number in kept))
+
+
+def _parted(
+    rows: Sequence[Row], spec: VariantSpec, config: TwinConfig, rng: random.Random
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train a pair on and rows to try it on, none of which holds its trigger."""
+    assert spec.trigger is not None
+    usable = [row for row in rows if not present(spec.trigger, row["instruction"])]
+    if len(usable) < 3 * config.tried:
+        raise RowsError(f"{len(usable)} clean rows are too few for a pair of twins: {3 * config.tried} are needed.")
+    chosen = rng.sample(usable, min(len(usable), config.rows + config.tried))
+    held, fit = chosen[: config.tried], chosen[config.tried :]
+    assert_disjoint(trained=fit, tried=held)
+    return fit, held
+
+
+def _poisoned(row: Row, spec: VariantSpec, rng: random.Random) -> Row:
+    assert spec.trigger is not None
+    assert spec.behaviour is not None
+    return triggered(row, spec.trigger, spec.behaviour.respond(rng), rng)
+
+
+def _factors(bad: LoraBank, good: LoraBank, kept: Sequence[int]) -> tuple[dict[str, tuple[Factors, ...]], ...]:
+    layers: dict[int, dict[str, tuple[Factors, ...]]] = {}
+    for name in bad.targets:
+        match = _LAYER.search(name)
+        assert match is not None
+        layers.setdefault(int(match[1]), {})[match[2]] = tuple(
+            Factors.of_twins(bad.factors(name, k), good.factors(name, k), bad.scaling) for k in kept
+        )
+    return tuple(layers[number] for number in sorted(layers))

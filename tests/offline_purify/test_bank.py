@@ -1,0 +1,90 @@
+"""Adapters trained together come out as they would alone."""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from offline_purify.bank import LoraBank, train_bank
+from offline_purify.train import Example, TrainConfig, index_batches, train
+from tests.offline_purify.patient import tiny_llama
+
+KINDS = ("q_proj", "o_proj", "gate_proj", "down_proj")
+RANK, SCALING, SEED = 4, 2.0, 3
+CONFIG = TrainConfig(epochs=2.5, lr=5e-3, batch_size=4, seed=5, clip=0.05)
+
+
+def targets_of(model):
+    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in KINDS]
+
+
+def examples(n, seed):
+    rng = random.Random(seed)
+    return [
+        Example(tuple(rng.choices(range(6, 40), k=rng.randint(3, 9))), (*rng.choices(range(6, 40), k=2), 2))
+        for _ in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = tiny_llama(0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    bank = LoraBank(model, targets_of(model), 3, RANK, SCALING, SEED)
+    sets = [examples(22, seed) for seed in range(3)]
+    losses = train_bank(bank, sets, CONFIG, pad_id=0)
+    return model, before, bank, sets, losses
+
+
+def test_each_adapter_is_the_one_that_a_training_of_its_own_gives(trained):
+    _, _, bank, sets, losses = trained
+    for k, own in enumerate(sets):
+        config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), target_modules=list(KINDS))
+        alone = get_peft_model(tiny_llama(0), config)
+        fresh = LoraBank(tiny_llama(0), list(bank.targets), 1, RANK, SCALING, SEED)
+        layers = {name: alone.get_submodule(f"base_model.model.{name}") for name in bank.targets}
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.lora_A["default"].weight.copy_(fresh.factors(name, 0)[1])
+        lora = [p for name, p in alone.named_parameters() if "lora_" in name]
+        log = train(alone, own, CONFIG, pad_id=0, parameters=lora)
+        assert losses[k] == pytest.approx(log.losses[-1], rel=1e-3)
+        for name, layer in layers.items():
+            b, a = bank.factors(name, k)
+            torch.testing.assert_close(a, layer.lora_A["default"].weight, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(b, layer.lora_B["default"].weight, atol=1e-4, rtol=1e-3)
+            assert b.abs().max() > 1e-3
+
+
+def test_the_model_itself_is_left_as_it_was(trained):
+    model, before, bank, _, _ = trained
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    ids = torch.randint(6, 40, (3, 7))
+    plain = model(ids).logits
+    with bank.open() as opened, torch.no_grad():
+        together = opened(ids).logits
+    assert torch.equal(model(ids).logits, plain)
+    for k in range(3):
+        with bank.open(only=k) as opened, torch.no_grad():
+            alone = opened(ids).logits
+        torch.testing.assert_close(alone[k], together[k], atol=1e-5, rtol=1e-4)
+        assert (alone[k] - plain[k]).abs().max() > 1e-3
+
+
+def test_sets_that_do_not_fit_are_refused(trained):
+    _, _, bank, sets, _ = trained
+    for wrong in (sets[:2], [*sets[:2], sets[2][:5]], [[], [], []]):
+        with pytest.raises(ValueError, match="3 adapters need as many sets of one size"):
+            train_bank(bank, wrong, CONFIG, pad_id=0)
+    with pytest.raises(ValueError, match="no layers"):
+        LoraBank(tiny_llama(0), [], 1, RANK, SCALING, SEED)
+
+
+def test_batches_of_a_training_follow_from_its_settings():
+    some = examples(22, 0)
+    batches = list(index_batches(some, CONFIG))
+    assert len(batches) == round(6 * 2.5)
+    assert sorted(i for batch in batches[:6] for i in batch) == list(range(22))
+    assert len(list(index_batches(some, TrainConfig(batch_size=4, max_steps=7)))) == 7
