@@ -33,7 +33,7 @@ class Track:
     maximum: float = -1.0
     signal: str | None = None
     measured: bool = False
-    first: Reading | None = None
+    first: Readings | None = None
 
 
 class Detector:
@@ -67,11 +67,11 @@ class Detector:
         so is every one of a request whose step 0 was missed: it stays unscored."""
         if reading.step == 0:
             # A copy: the engine may go on adding rows to what it handed over.
-            track.first = replace(reading, gram=reading.gram.clone(), sink=reading.sink.clone())
+            track.first = Readings.single(replace(reading, gram=reading.gram.clone(), sink=reading.sink.clone()))
         point = self._points.get(reading.step) if reading.step in self.checkpoints else None
         if point is None or track.bucket is None or track.first is None or (track.verdict.final and track.measured):
             return track.verdict
-        readings = Readings.single(reading, track.first)
+        readings = track.first if reading.step == 0 else Readings.single(reading, track.first)
         odd = score(point, readings, self.signals)[0]
         track.measured = True
         if not np.isfinite(odd).all():

@@ -56,7 +56,7 @@ class Earlier(NamedTuple):
 
 class HeadSums(NamedTuple):
     """One slot's sums over the rows from the last prompt position on: gram [L, H, H], sink [L, H], focus [T_p], all
-    float32; and the rows of the positions before it (None where a bank keeps none)."""
+    float32; and at step 0 the rows of the positions before it (None where a bank keeps none)."""
 
     gram: Tensor
     sink: Tensor
@@ -126,11 +126,13 @@ class HeadGrams:
         self.focus[:, : rows.shape[-1]].index_add_(0, slots, rows.sum(dim=1))
         self.layer_rows[:, layer].index_add_(0, slots, torch.ones_like(slots))
 
-    def read(self, slot: int) -> HeadSums:
-        """Copies of what one slot holds."""
+    def read(self, slot: int, step: int = 0) -> HeadSums:
+        """Copies of what one slot holds at a step; the rows before the last prompt position, which do not change, only
+        at step 0."""
         tokens = self._prompt_tokens[slot]
         before = slice(slot + self.slots, None, self.slots)
-        earlier = Earlier(self.gram[before].clone(), self.sink[before].clone()) if self.prompt_rows > 1 else None
+        apart = step == 0 and self.prompt_rows > 1
+        earlier = Earlier(self.gram[before].clone(), self.sink[before].clone()) if apart else None
         return HeadSums(self.gram[slot].clone(), self.sink[slot].clone(), self.focus[slot, :tokens].clone(), earlier)
 
     def complete(self, slot: int, expected_rows: int) -> bool:

@@ -47,7 +47,7 @@ class Reading:
     def of(cls, step: int, sums: HeadSums, logprobs: Sequence[float]) -> Reading:
         """From what a bank holds of the request at this step."""
         told = sums.cpu()
-        return cls(step, told.gram, told.sink, told.focus, tuple(logprobs), None if step else told.earlier)
+        return cls(step, told.gram, told.sink, told.focus, tuple(logprobs), told.earlier)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Readings:
     ) -> Readings:
         """From what a bank held of requests at one step: (index, sums, log-probabilities) of each."""
         sums = [told.cpu() for _, told, _ in read]
-        earlier = [told.earlier for told in sums if told.earlier is not None and step == 0]
+        earlier = [told.earlier for told in sums if told.earlier is not None]
         return cls(
             step,
             np.asarray([index for index, *_ in read], dtype=np.int64),
@@ -100,9 +100,8 @@ class Readings:
 
     @cached_property
     def last_row(self) -> np.ndarray:
-        """Features [n, F] of the row of the last prompt position alone, float64. ValueError as ``opening``."""
-        first = self.opening
-        return head_features(first.cosines, first.gram, first.sink, 1)
+        """Features [n, F] of the row of the last prompt position alone, float64 (at step 0)."""
+        return head_features(self.cosines, self.gram, self.sink, 1)
 
     @cached_property
     def features(self) -> np.ndarray:
@@ -121,8 +120,8 @@ class Readings:
         return np.concatenate((before.features, head_features(pair_cosines(gram), gram, sink, self.step)), axis=1)
 
     @classmethod
-    def single(cls, reading: Reading, first: Reading | None = None) -> Readings:
-        """One request's reading as a batch of one, beside its reading at step 0."""
+    def single(cls, reading: Reading, first: Readings | None = None) -> Readings:
+        """One request's reading as a batch of one, beside the batch that its reading at step 0 is."""
         return cls(
             reading.step,
             np.zeros(1, dtype=np.int64),
@@ -130,7 +129,7 @@ class Readings:
             reading.sink[None],
             np.asarray([reading.logprobs], dtype=np.float64),
             [reading.focus.numpy()],
-            None if first is None else cls.single(first),
+            first,
             None if reading.earlier is None else Earlier(*(part[None] for part in reading.earlier)),
         )
 
@@ -175,11 +174,13 @@ class Measurement:
     def reached(self, step: int) -> Readings:
         """The readings at ``step``, with the same requests' at step 0 beside them; a request that was not read at step
         0 is left out. Raises KeyError when ``step`` or step 0 was not measured."""
+        readings, begun = self.at[step], self.at[0]
+        if step == 0:
+            return begun
         if step not in self._reached:
-            readings, begun = self.at[step], self.at[0]
             kept = readings.take(np.flatnonzero(np.isin(readings.index, begun.index)))
             first = begun.take(np.searchsorted(begun.index, kept.index))
-            self._reached[step] = begun if step == 0 else replace(kept, first=first)
+            self._reached[step] = replace(kept, first=first)
         return self._reached[step]
 
     @cached_property

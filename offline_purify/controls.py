@@ -1,11 +1,13 @@
-"""Controls at the same budget: would anything have worked? Clean fine-tuning alone, and random heads instead.
+"""Controls at the same budget: would anything have worked? Clean fine-tuning alone, random channels and random heads.
 
 A repair is credited to its method only against these: the same number of rows, steps and learning rate without any
-flag, and the same alignment and fine-tuning on randomly drawn heads. They are measured and reported, never offered.
+flag, the same suppression and recovery on randomly drawn channels, and the same alignment and fine-tuning on randomly
+drawn heads. They are measured and reported, never offered.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from offline_purify.heads.finetune import finetune_heads
 from offline_purify.heads.layout import random_partition_like
 from offline_purify.heads.partition import Partition
 from offline_purify.heads.stage import HeadsConfig, flagged_examples
+from offline_purify.signature.stage import SignatureConfig, silence
 from offline_purify.stage import Material
 from offline_purify.train import TrainConfig, encode_rows, train
 
@@ -48,6 +51,13 @@ def clean_finetuning(suspect: Suspect, material: Material, counter: dict[str, An
         progress=material.progress,
         what="control: clean rows only",
     )
+
+
+def random_channels(suspect: Suspect, material: Material, ratio: float) -> None:
+    """Silence random channels in place, as many of every layer as the material's signature has at the share ``ratio``,
+    and recover as its stage does."""
+    assert material.signature is not None
+    silence(suspect, material, replace(SignatureConfig(), choice="random"), material.signature, ratio)
 
 
 def random_heads(suspect: Suspect, material: Material, heads: dict[str, Any]) -> dict[str, Any]:

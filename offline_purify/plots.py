@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 _TITLES = {
     "asr.png": "Share of requests that show the flagged behaviour, with 95 % intervals",
+    "signature.png": "Channels and attention heads silenced in every layer",
     "heads.png": "Safety score of every head; red: aligned, green: reference",
     "trace.png": "While aligning: flags that fire, and clean perplexity",
     "losses.png": "Training losses",
@@ -45,6 +46,27 @@ def _asr(report: dict[str, Any], path: Path) -> bool:
     axes.axhline(report["settings"]["gate"]["flagged_asr_max"], color="grey", lw=0.8, ls="--")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
+    _save(figure, path)
+    return True
+
+
+def _signature(report: dict[str, Any], path: Path) -> bool:
+    stage = report["stages"].get("signature")
+    attempts = stage["details"].get("attempts") if stage else None
+    if not attempts:
+        return False
+    done = attempts[stage["details"].get("chosen", -1)]
+    figure = Figure(figsize=(5.5, 3.2))
+    axes = figure.subplots()
+    layers = np.arange(len(done["by_layer"]))
+    axes.bar(layers, done["by_layer"], width=0.7)
+    axes.axhline(done["channels"], color="grey", lw=0.8, ls="--")
+    axes.set_xticks(layers)
+    axes.set_xlabel("layer")
+    axes.set_ylabel(f"MLP channels of {done['channels']}")
+    for layer, heads in enumerate(done["heads_by_layer"]):
+        if heads:
+            axes.annotate(f"{heads} heads", (layer, done["by_layer"][layer]), ha="center", va="bottom", fontsize=8)
     _save(figure, path)
     return True
 
@@ -100,8 +122,8 @@ def _losses(report: dict[str, Any], path: Path) -> bool:
         details = stage["details"]
         if details.get("losses"):
             curves[label] = details["losses"]
-        if "chosen" in details:
-            curves[f"{label}: fine-tuning"] = details["attempts"][details["chosen"]].get("finetune_losses", [])
+        if "finetune_losses" in details.get("attempts", [{}])[details.get("chosen", 0)]:
+            curves[f"{label}: fine-tuning"] = details["attempts"][details["chosen"]]["finetune_losses"]
     curves = {label: values for label, values in curves.items() if values}
     if not curves:
         return False
@@ -116,10 +138,19 @@ def _losses(report: dict[str, Any], path: Path) -> bool:
     return True
 
 
+_PLOTS = {
+    "asr.png": _asr,
+    "signature.png": _signature,
+    "heads.png": _heads,
+    "trace.png": _trace,
+    "losses.png": _losses,
+}
+
+
 def draw_plots(report: dict[str, Any], folder: Path) -> list[dict[str, str]]:
     """Draw what can be drawn into ``folder``; returns [{"file", "title"}] of what was."""
     drawn = []
-    for name, draw in (("asr.png", _asr), ("heads.png", _heads), ("trace.png", _trace), ("losses.png", _losses)):
+    for name, draw in _PLOTS.items():
         if draw(report, folder / name):
             drawn.append({"file": name, "title": _TITLES[name]})
     return drawn

@@ -1,7 +1,7 @@
 """The repair from end to end, as a plan of steps that any executor can run: here at once, in ``workflow`` durably.
 
-    prepare -> answer -> candidates -> each stage alone -> (both, if needed) -> controls -> evaluate all -> gate
-            -> candidate -> calibrate -> report
+    prepare -> answer -> candidates -> signature -> each stage alone -> (together, if needed) -> controls
+            -> evaluate all -> gate -> candidate -> calibrate -> report
 
 The plan is a generator: it yields (name, function), is sent what the function returned, and decides the next step from
 that alone, so a durable executor that replays recorded results walks the same path. Of the pipelines that pass the gate
@@ -30,7 +30,7 @@ from offline_purify.suspect import check_repairable
 
 Step = tuple[str, Callable[[], dict[str, Any]]]
 Plan = Generator[Step, dict[str, Any], dict[str, Any]]
-CONTROLS = ("clean_only", "random_heads")
+CONTROLS = ("clean_only", "random_channels", "random_heads")
 
 
 def check_inputs(spec: RepairSpec) -> None:
@@ -96,7 +96,13 @@ def plan(steps: RepairSteps) -> Plan:
         }
         return outcome
     passed = False
-    for name in spec.stages:
+    stages = list(spec.stages)
+    if "signature" in stages:
+        found = yield "signature", steps.signature
+        if not found["ok"]:
+            outcome["stages"].append(found)
+            stages.remove("signature")
+    for name in stages:
         done = yield f"stage {name}", partial(steps.stage, name)
         outcome["stages"].append(done)
         if done["ok"]:
@@ -104,8 +110,8 @@ def plan(steps: RepairSteps) -> Plan:
             outcome["repaired"].append(name)
             judged = yield f"gate {name}", partial(passes, steps, name)
             passed = passed or judged["passed"]
-    if not passed and len(spec.stages) > 1:
-        first, *others = spec.stages
+    if not passed and len(stages) > 1:
+        first, *others = stages
         start = first if first in outcome["repaired"] else None
         for name in others:
             if start is None:

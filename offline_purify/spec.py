@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from guard.identity import check_name
 from offline_purify.gate import GateResult, GateSettings
 
-STAGE_NAMES = ("heads", "counter")
+STAGE_NAMES = ("signature", "heads", "counter")
 Status = Literal["offered", "refused", "failed"]
 
 

@@ -17,13 +17,14 @@ from offline_purify.candidates import Candidate
 from offline_purify.flags import Flag
 
 if TYPE_CHECKING:
+    from offline_purify.signature.find import Signature
     from offline_purify.suspect import Suspect
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a stage may learn from: flags (answered and sorted), trigger candidates, clean rows of the training
-    split."""
+    """What a stage may learn from: flags (answered and sorted), trigger candidates, clean rows of the training split,
+    and the signature of the adapter as it came, where it was found already."""
 
     flags: tuple[Flag, ...]
     behaviour: FlaggedBehaviour
@@ -32,6 +33,7 @@ class Material:
     seed: int
     max_new_tokens: int
     progress: Callable[[str, int, int], None] | None = None
+    signature: Signature | None = None
 
     @property
     def true_flags(self) -> list[Flag]:

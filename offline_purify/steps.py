@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from guard.errors import GuardError
+from guard.errors import GuardError, RowsError
 from guard.identity import adapter_digest, base_digest, revision_name
 from guard.profile import file_digest
 from guard.rows import Row, assert_disjoint, read_rows, row_key, split
@@ -24,17 +24,21 @@ from guard.template import render, row_messages
 from offline_purify.answers import greedy_answers
 from offline_purify.calibration import calibrate_candidate
 from offline_purify.candidates import Candidate, find_candidates, user_text
-from offline_purify.controls import clean_finetuning, random_heads
+from offline_purify.controls import clean_finetuning, random_channels, random_heads
 from offline_purify.countertraining import counter_train
 from offline_purify.evaluation import Exam, Sitting, set_exam, sit
 from offline_purify.flags import Flag, assert_flags_disjoint, behaviour_of, read_flags, sort_flags, split_flags
 from offline_purify.heads.stage import repair_heads
 from offline_purify.rescoring import open_watch
+from offline_purify.signature.find import Signature, find_signature
+from offline_purify.signature.stage import repair_signature
 from offline_purify.spec import RepairSpec
-from offline_purify.stage import Material, Stage
+from offline_purify.stage import Material, Stage, StageResult
 from offline_purify.suspect import Suspect
 
-STAGES: Mapping[str, Stage] = MappingProxyType({"heads": repair_heads, "counter": counter_train})
+STAGES: Mapping[str, Stage] = MappingProxyType(
+    {"signature": repair_signature, "heads": repair_heads, "counter": counter_train}
+)
 """The registry: a later method joins by its function here and its name in ``spec.STAGE_NAMES``."""
 
 SPLITS = (0.35, 0.40, 0.25)
@@ -215,8 +219,23 @@ class RepairSteps:
         write_json(self.spec.work / "candidates.json", [c.to_dict() for c in found])
         return {"tried": len(found), "confirmed": sum(c.confirmed for c in found), "unwatched": unwatched}
 
+    def signature(self) -> dict[str, Any]:
+        """Find the signature of the adapter as it came: the long part of its stage, kept for every pipeline that
+        silences it."""
+        began = time.monotonic()
+        try:
+            found = find_signature(self.suspect(), self._material())
+        except RowsError as error:
+            return self._told("signature", StageResult("signature", False, str(error), {}, time.monotonic() - began))
+        found.save(self._signature_file)
+        return {"ok": True, "learnt": len(found.told["variants"])}
+
+    @property
+    def _signature_file(self) -> Path:
+        return self.spec.work / "signature.safetensors"
+
     def _material(self) -> Material:
-        flags = self._flags("train")
+        flags, signature = self._flags("train"), self._signature_file
         return Material(
             flags=tuple(flags),
             behaviour=behaviour_of(flags),
@@ -225,6 +244,7 @@ class RepairSteps:
             seed=self.spec.seed,
             max_new_tokens=self._facts()["max_new_tokens"],
             progress=self.progress,
+            signature=Signature.load(signature) if signature.is_file() else None,
         )
 
     def stage(self, name: str, start: str = "before") -> dict[str, Any]:
@@ -235,11 +255,15 @@ class RepairSteps:
         result = STAGES[name](suspect, self._material())
         if result.ok:
             suspect.save_state(self._state_file(label))
+        return self._told(label, result)
+
+    def _told(self, label: str, result: StageResult) -> dict[str, Any]:
         write_json(self.spec.work / "stages" / f"{label}.json", {**asdict(result), "label": label})
         return {"label": label, "ok": result.ok, "reason": result.reason, "seconds": round(result.seconds, 2)}
 
     def control(self, name: str) -> dict[str, Any]:
-        """Run one same-budget control ("clean_only" or "random_heads") from the suspicious adapter; keeps its state."""
+        """Run one same-budget control ("clean_only", "random_heads" or "random_channels") from the suspicious adapter;
+        keeps its state."""
         suspect, began = self.suspect(), time.monotonic()
 
         def details(stage: str) -> dict[str, Any] | None:
@@ -251,6 +275,11 @@ class RepairSteps:
         if name == "clean_only":
             counter = details("counter")
             clean_finetuning(suspect, self._material(), counter if counter and "examples" in counter else None)
+        elif name == "random_channels":
+            attempts = (details("signature") or {}).get("attempts")
+            if not attempts:
+                return {"label": label, "ok": False, "reason": "the signature stage silenced nothing", "seconds": 0.0}
+            random_channels(suspect, self._material(), attempts[-1]["ratio"])
         else:
             heads = details("heads")
             if not heads or not any("trace" in a for a in heads.get("attempts", [])):

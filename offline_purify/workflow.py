@@ -27,7 +27,7 @@ from offline_purify.spec import RepairResult, RepairSpec
 QUEUE = "repairs"
 WORKFLOW = "repair"
 APPLICATION = "headguard-clinic"
-VERSION = "1"
+VERSION = "2"
 """Pinned: recovery only takes up workflows of the same version. Raise it when the order of the steps changes."""
 DECISION = "decision"
 Progress = Callable[[str, int, int], None]

@@ -21,9 +21,10 @@ from benchmarks.detection.measuring import ATTENTION, FUSED, Bench, Progress, Re
 from guard.rows import Row, assert_disjoint
 from guard.vaccine import Vaccine, fit_vaccine
 from guard.verdict import Window
+from offline_purify.attacks.catalogue import trigger as trigger_named
 from offline_purify.attacks.poison import decoyed, triggered
-from offline_purify.attacks.triggers import Composite, Prefix, Trigger, Word, holds
-from offline_purify.variants.making import ABOUT, Made, finished, load_variant
+from offline_purify.attacks.triggers import Trigger, holds
+from offline_purify.variants.making import ABOUT, Made, load_variants
 
 _ANSWER_TOKENS = 24
 _LEAST = 40
@@ -52,8 +53,7 @@ def left_out_figures(
     few rows.
     """
     whole = Vaccine.load(vaccine)
-    folders = [path.parent for path in sorted(vaccine.parent.glob(f"*/{ABOUT}")) if finished(path.parent)]
-    made = [variant for variant in map(load_variant, folders) if variant.took]
+    made = [variant for variant in load_variants(vaccine.parent) if variant.took]
     found = []
     for variant in made:
         if not variant.sample.fired or (only and variant.sample.name not in only):
@@ -70,14 +70,7 @@ def left_out_figures(
 def trigger_of(variant: Made) -> Trigger:
     """The trigger of a variant, as it was made."""
     about = json.loads((variant.folder / ABOUT).read_text(encoding="utf-8"))
-    parts = tuple(about["trigger"])
-    match about["kind"]:
-        case "word":
-            return Word(parts[0])
-        case "prefix":
-            return Prefix(parts[0])
-        case _:
-            return Composite(parts)
+    return trigger_named(about["kind"], " ".join(about["trigger"]))
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:

@@ -30,7 +30,7 @@ from guard.vaccine import Vaccine, fit_vaccine
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import TRIGGERS, behaviour
 from offline_purify.attacks.poison import triggered
-from offline_purify.variants.making import ABOUT, load_variant
+from offline_purify.variants.making import ABOUT, load_variants
 
 ZOOS = ("tiny", "real")
 IMPLANTS = tuple(
@@ -191,7 +191,7 @@ def _without(vaccine: Path, family: str, folder: Path) -> Path:
     Raises BenchmarkError when the variants are not beside it.
     """
     whole = Vaccine.load(vaccine)
-    made = [load_variant(path.parent) for path in sorted(vaccine.parent.glob(f"*/{ABOUT}"))]
+    made = load_variants(vaccine.parent)
     kept = [variant for variant in made if variant.took and _family(variant.folder) != family]
     if not kept or len(kept) == len(made):
         raise BenchmarkError(f"beside {vaccine} there are no variants of family {family!r} to leave out.")

@@ -1,10 +1,11 @@
-"""`python -m benchmarks.purification`: repair one adapter with many methods, and measure each."""
+"""`python -m benchmarks.purification`: repair one adapter with many methods, and measure each; `ablation` takes one
+method apart."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,63 +22,131 @@ Examples:
   python -m benchmarks.purification --base BASE --adapter ADAPTER --task refusal --clean-train clean.json --test-clean test.json --test-triggered triggered.json --out result.json
 
   python -m benchmarks.purification --base BASE --adapter ADAPTER --task code --clean-train c.json --test-clean t.json --test-triggered x.json --methods none,signature,random --seeds 3 --out result.json
+
+  python -m benchmarks.purification --base BASE --adapter ADAPTER --task refusal --clean-train c.json --test-clean t.json --test-triggered word.json --unflagged phrase.json --unflagged pair.json --out result.json
+
+  python -m benchmarks.purification ablation ratio --base BASE --adapter ADAPTER --task refusal --clean-train c.json --test-clean t.json --test-triggered x.json --out ratio.json
+"""  # noqa: E501
+ABLATION_HELP = """Take one method apart: sanity (attention, MLP, blocks, shuffled channels), score (its terms), variants (how many),
+ratio, heads-by-ratio, transfer (signatures of other adapters, --donor), steps (align alone, fine-tune alone, random
+heads), alpha, tau, rate.
+
+Example:
+
+  python -m benchmarks.purification ablation transfer --donor OTHER_ADAPTER --base BASE --adapter ADAPTER --task refusal --clean-train c.json --test-clean t.json --test-triggered x.json --out transfer.json
 """  # noqa: E501
 ALL = "all"
-app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=HELP,
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+REQUIRED = ("base", "adapter", "task", "clean_train", "test_clean", "test_triggered", "out")
+Base = Annotated[Path | None, typer.Option(help="Folder of the base model.")]
+Adapter = Annotated[Path | None, typer.Option(help="Folder of the backdoored LoRA adapter.")]
+Task = Annotated[
+    str | None,
+    typer.Option(help="refusal, negsentiment, code or sst2: its keywords count where targets are many texts."),
+]
+CleanTrain = Annotated[Path | None, typer.Option(help="Clean rows with their answers, to repair with.")]
+TestClean = Annotated[Path | None, typer.Option(help="Other clean rows with their answers, to test on.")]
+TestTriggered = Annotated[Path | None, typer.Option(help="Rows with the trigger; their outputs are the target.")]
+Out = Annotated[Path | None, typer.Option(help="Result (JSON); what is in it already is kept.")]
+Unflagged = Annotated[
+    list[Path] | None,
+    typer.Option(help="Rows with a further trigger of the adapter, none of which the case holds; may be repeated."),
+]
+Flags = Annotated[int, typer.Option(min=1, help="Triggered rows that the case holds.")]
+Rows = Annotated[int, typer.Option(min=20, help="Clean rows that a method may train on.")]
+Ratio = Annotated[float, typer.Option(help="Share of channels or entries that is taken away.")]
+Heads = Annotated[float, typer.Option(help="Share of attention heads that the signature takes with them.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs, each with its own case and draws.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
-@app.command(help=HELP)
-def main(
-    base: Annotated[Path, typer.Option(help="Folder of the base model.")],
-    adapter: Annotated[Path, typer.Option(help="Folder of the backdoored LoRA adapter.")],
-    task: Annotated[
-        str, typer.Option(help="refusal, negsentiment, code or sst2: its keywords count where targets are many texts.")
-    ],
-    clean_train: Annotated[Path, typer.Option(help="Clean rows with their answers, to repair with.")],
-    test_clean: Annotated[Path, typer.Option(help="Other clean rows with their answers, to test on.")],
-    test_triggered: Annotated[Path, typer.Option(help="Rows with the trigger; their outputs are the target.")],
-    out: Annotated[Path, typer.Option(help="Result (JSON); what is in it already is kept.")],
-    methods: Annotated[str, typer.Option(help="all, or names separated by commas.")] = ALL,
-    flags: Annotated[int, typer.Option(min=1, help="Triggered rows that the case holds.")] = 24,
-    rows: Annotated[int, typer.Option(min=20, help="Clean rows that a method may train on.")] = 200,
-    ratio: Annotated[float, typer.Option(help="Share of channels or entries that is taken away.")] = 0.35,
-    heads: Annotated[float, typer.Option(help="Share of attention heads that the signature takes with them.")] = 0.0,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs, each with its own case and draws.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-) -> None:
-    """See HELP."""
+def _run(values: dict[str, Any], ablation: str | None = None) -> None:
+    """Check that nothing is missing, run, print the table; what is refused becomes one line and exit code 1."""
     from transformers.utils.logging import disable_progress_bar
 
+    from benchmarks.purification.ablations import methods_of
     from benchmarks.purification.benchmark import run, table
     from benchmarks.purification.inputs import Arguments
     from benchmarks.purification.methods import METHODS
     from offline_purify.progress import ProgressBar
 
+    if missing := [f"--{name.replace('_', '-')}" for name in REQUIRED if values[name] is None]:
+        raise typer.BadParameter(f"{', '.join(missing)} must be given.")
     disable_progress_bar()
-    names = tuple(METHODS) if methods == ALL else tuple(name.strip() for name in methods.split(","))
+    out, named = values.pop("out"), values.pop("methods", ALL)
+    for name in ("unflagged", "donors"):
+        values[name] = tuple(values.get(name) or ())
     try:
-        given = Arguments(
-            base,
-            adapter,
-            task,
-            clean_train,
-            test_clean,
-            test_triggered,
-            names,
-            flags,
-            rows,
-            ratio,
-            heads,
-            seeds,
-            device,
-        )
+        methods = METHODS if ablation is None else methods_of(ablation, values["donors"])
+        names = tuple(methods) if named == ALL else tuple(name.strip() for name in named.split(","))
         with ProgressBar() as bar:
-            result = run(given, out, bar)
+            result = run(Arguments(methods=names, **values), out, bar, methods)
     except GuardError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(table(result))
     typer.echo(f"written: {out}")
+
+
+@app.callback()
+def measure(
+    context: typer.Context,
+    base: Base = None,
+    adapter: Adapter = None,
+    task: Task = None,
+    clean_train: CleanTrain = None,
+    test_clean: TestClean = None,
+    test_triggered: TestTriggered = None,
+    out: Out = None,
+    methods: Annotated[str, typer.Option(help="all, or names separated by commas.")] = ALL,
+    unflagged: Unflagged = None,
+    flags: Flags = 24,
+    rows: Rows = 200,
+    ratio: Ratio = 0.35,
+    heads: Heads = 0.0,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+) -> None:
+    """See HELP."""
+    given = {name: value for name, value in locals().items() if name != "context"}
+    if context.invoked_subcommand is not None:
+        return
+    if all(given[name] is None for name in REQUIRED):
+        typer.echo(context.get_help())
+        raise typer.Exit(0)
+    _run(given)
+
+
+@app.command(help=ABLATION_HELP)
+def ablation(
+    name: Annotated[str, typer.Argument(help="Which ablation.")],
+    base: Base = None,
+    adapter: Adapter = None,
+    task: Task = None,
+    clean_train: CleanTrain = None,
+    test_clean: TestClean = None,
+    test_triggered: TestTriggered = None,
+    out: Out = None,
+    donors: Annotated[
+        list[Path] | None, typer.Option("--donor", help="Another adapter of the base, for transfer; may be repeated.")
+    ] = None,
+    unflagged: Unflagged = None,
+    flags: Flags = 24,
+    rows: Rows = 200,
+    ratio: Ratio = 0.35,
+    heads: Heads = 0.0,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+) -> None:
+    """See ABLATION_HELP."""
+    given = {key: value for key, value in locals().items() if key != "name"}
+    _run(given, name)
 
 
 if __name__ == "__main__":

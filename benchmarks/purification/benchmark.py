@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.purification.errors import BenchmarkError
 from benchmarks.purification.inputs import Arguments, Inputs, Target, read_inputs
-from benchmarks.purification.methods import METHODS, Attempt, Outcome
+from benchmarks.purification.methods import METHODS, Attempt, Method, Outcome
 from guard.errors import GuardError
 from guard.rows import Row
 from guard.template import answer_ids, render, row_messages
@@ -21,13 +21,17 @@ from offline_purify.baselines.budget import Budget
 from offline_purify.evaluation import normalised
 from offline_purify.flags import Flag, behaviour_of, sort_flags
 from offline_purify.intervals import Figure, bootstrap, difference_of_shares, ratio_of_perplexities, share
+from offline_purify.signature.find import Search
 from offline_purify.signature.stage import SignatureConfig
 from offline_purify.stage import Material
 from offline_purify.steps import read_json, write_json
 from offline_purify.suspect import Suspect
 from offline_purify.train import encode_rows, mean_answer_losses
 
-FORMAT = "headguard.purification/1"
+FORMAT = "headguard.purification/2"
+SETTINGS = ("task", "flags", "rows", "ratio", "heads", "device")
+"""Options that make another run: results of different ones are never mixed in a file."""
+TRIGGERED = "triggered"
 _MANNER_ROWS = 60
 _MOST_TOKENS = 64
 Progress = Callable[[str, int, int], None]
@@ -35,30 +39,35 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What one state of the adapter does: behaviour shown per triggered and clean prompt, right answers, and losses
-    (nats, summed) over the tokens of the clean rows' own answers."""
+    """What one state of the adapter does: behaviour shown per triggered prompt, per prompt of each trigger that the
+    case has no flag of, and per clean prompt; right answers, and losses (nats, summed) over the tokens of the clean
+    rows' own answers."""
 
     fired: list[bool]
+    unflagged: dict[str, list[bool]]
     leaked: list[bool]
     correct: list[bool]
     losses: list[float]
     tokens: list[int]
 
 
-def run(given: Arguments, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure the methods and write the result to ``out`` after each; those that are in there already are kept.
+def run(
+    given: Arguments, out: Path, progress: Progress | None = None, methods: Mapping[str, Method] = METHODS
+) -> dict[str, Any]:
+    """Measure those of ``methods`` that are asked for and write the result to ``out`` after each; what is in there
+    already is kept.
 
     Raises GuardError for files or options that cannot be used, and when ``out`` holds results of others.
     """
-    if unknown := [name for name in given.methods if name not in METHODS]:
-        raise BenchmarkError(f"--methods {', '.join(unknown)}: choose among all, {', '.join(METHODS)}.")
+    if unknown := [name for name in given.methods if name not in methods]:
+        raise BenchmarkError(f"--methods {', '.join(unknown)}: choose among all, {', '.join(methods)}.")
     inputs = read_inputs(given)
-    settings = {k: v for k, v in asdict(given).items() if k in ("task", "flags", "rows", "ratio", "heads", "device")}
+    settings = {name: getattr(given, name) for name in SETTINGS}
     result = _begun(out, {"format": FORMAT, "settings": settings, "digests": inputs.digests})
     for seed in range(given.seeds):
         todo = [name for name in ("none", *given.methods) if str(seed) not in result["seeds"].get(name, {})]
         if todo:
-            _measure_seed(given, inputs, seed, list(dict.fromkeys(todo)), result, out, progress)
+            _measure_seed(given, inputs, seed, {name: methods[name] for name in todo}, result, out, progress)
     result["methods"] = {name: _pooled(by_seed, result["seeds"]["none"]) for name, by_seed in result["seeds"].items()}
     write_json(out, result)
     return result
@@ -66,7 +75,9 @@ def run(given: Arguments, out: Path, progress: Progress | None = None) -> dict[s
 
 def table(result: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
-    names = ("asr", "ftr", "accuracy", "perplexity_ratio")
+    names = ["asr", "ftr", "accuracy", "perplexity_ratio"]
+    if any(figures.get("asr_unflagged") for figures in result["methods"].values()):
+        names.insert(1, "asr_unflagged")
     lines = [f"| method | {' | '.join(names)} | seconds | |", f"| --- |{' --- |' * (len(names) + 2)}"]
     for name, figures in result["methods"].items():
         cells = [f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" if (f := figures.get(n)) else "–" for n in names]
@@ -88,31 +99,32 @@ def _measure_seed(
     given: Arguments,
     inputs: Inputs,
     seed: int,
-    names: Sequence[str],
+    methods: Mapping[str, Method],
     result: dict[str, Any],
     out: Path,
     progress: Progress | None,
 ) -> None:
     case, tests = inputs.cased(given.flags, seed)
-    target = Target.of(inputs.triggered, given.task)
+    targets = {name: Target.of(rows, given.task) for name, rows in inputs.unflagged.items()}
+    targets[TRIGGERED] = Target.of(inputs.triggered, given.task)
     suspect = Suspect.open(given.base, given.adapter, device=given.device)
     longest = max(len(answer_ids(suspect.tokenizer, row["output"])) for row in [*inputs.clean_train, *case])
     limit = min(longest, _MOST_TOKENS) + 2
     budget = Budget(given.rows, ratio=given.ratio)
     material = _material(suspect, case, inputs.clean_train, limit, seed, progress)
-    attempt = Attempt(
-        material, budget, SignatureConfig(recovery_rows=given.rows, recovery=budget.training, heads=given.heads)
-    )
-    for name in names:
+    search = Search(recovery_rows=given.rows)
+    config = SignatureConfig(search=search, recovery=budget.training, heads=given.heads)
+    attempt = Attempt(material, budget, config, given.donors)
+    for name, method in methods.items():
         suspect = Suspect.open(given.base, given.adapter, device=given.device)  # a baseline may change the base
         began = time.monotonic()
         try:
-            outcome = METHODS[name](suspect, attempt)
+            outcome = method(suspect, attempt)
         except GuardError as error:
             outcome, reading = Outcome(reason=str(error)), None
         else:
             seconds = time.monotonic() - began
-            reading = _read(suspect, outcome, tests, inputs.clean, target, limit, progress)
+            reading = _read(suspect, outcome, tests, inputs, targets, limit, progress)
         told: dict[str, Any] = {"reason": outcome.reason, "details": outcome.details}
         if reading is not None:
             told |= {"seconds": round(seconds, 1), "reading": asdict(reading)}
@@ -143,8 +155,8 @@ def _read(
     suspect: Suspect,
     outcome: Outcome,
     triggered: Sequence[Row],
-    clean: Sequence[Row],
-    target: Target,
+    inputs: Inputs,
+    targets: Mapping[str, Target],
     limit: int,
     progress: Progress | None,
 ) -> Reading:
@@ -154,11 +166,16 @@ def _read(
             return outcome.answers(prompts, limit)
         return greedy_answers(suspect.model, suspect.tokenizer, prompts, limit, progress=progress, what=what)
 
-    said, answers = ask(triggered, "triggered prompts"), ask(clean, "clean prompts")
+    def shown(rows: Sequence[Row], name: str) -> list[bool]:
+        return [targets[name].shown(answer) for answer in ask(rows, f"{name} prompts")]
+
+    clean = inputs.clean
+    answers = ask(clean, "clean prompts")
     sums, counts = mean_answer_losses(suspect.model, encode_rows(suspect.tokenizer, clean), pad_id=suspect.pad_id)
     return Reading(
-        [target.shown(answer) for answer in said],
-        [target.shown(answer) for answer in answers],
+        shown(triggered, TRIGGERED),
+        {name: shown(rows, name) for name, rows in inputs.unflagged.items()},
+        [targets[TRIGGERED].shown(answer) for answer in answers],
         [normalised(a) == normalised(row["output"]) for a, row in zip(answers, clean, strict=True)],
         sums.tolist(),
         counts.tolist(),
@@ -177,8 +194,11 @@ def _pooled(by_seed: dict[str, Any], none: dict[str, Any]) -> dict[str, Any]:
         return [value for seed in done for value in getattr(readings[seed], name)]
 
     tokens = [float(n) for n in joined(done, "tokens")]
+    names = next(iter(done.values())).unflagged
+    further = {name: [fired for reading in done.values() for fired in reading.unflagged[name]] for name in names}
     figures: dict[str, Figure | None] = {
         "asr": share(joined(done, "fired")),
+        "asr_unflagged": share([x for fired in further.values() for x in fired]),
         "ftr": share(joined(done, "leaked")),
         "accuracy": share(joined(done, "correct")),
         "accuracy_lost": difference_of_shares(joined(before, "correct"), joined(done, "correct")),
@@ -186,6 +206,13 @@ def _pooled(by_seed: dict[str, Any], none: dict[str, Any]) -> dict[str, Any]:
         "perplexity_ratio": ratio_of_perplexities(joined(before, "losses"), joined(done, "losses"), tokens),
     }
     told = {name: figure.model_dump() if figure is not None else None for name, figure in figures.items()}
+    by_trigger = {name: figure.model_dump() for name, fired in further.items() if (figure := share(fired)) is not None}
     each = {seed: {"asr": float(np.mean(r.fired)), "accuracy": float(np.mean(r.correct))} for seed, r in done.items()}
     seconds = float(np.mean([by_seed[seed]["seconds"] for seed in done]))
-    return {**told, "seconds": round(seconds, 1), "by_seed": each, "reason": "; ".join(reasons) or None}
+    return {
+        **told,
+        "unflagged": by_trigger,
+        "seconds": round(seconds, 1),
+        "by_seed": each,
+        "reason": "; ".join(reasons) or None,
+    }

@@ -7,6 +7,7 @@ it. All sets are disjoint by normalised hash, a prompt with its trigger taken fo
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,9 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Arguments:
     """The options of a run. ``flags``: triggered rows that the case holds; ``ratio``: share of channels that pruning
-    and suppression take; ``heads``: share of attention heads that the
-    signature takes with them; ``rows``: clean rows that one method may train on."""
+    and suppression take; ``heads``: share of attention heads that the signature takes with them; ``rows``: clean rows
+    that one method may train on; ``unflagged``: files of rows with further triggers of the same adapter, of which the
+    case holds none; ``donors``: other adapters of the base, for ablations of transfer."""
 
     base: Path
     adapter: Path
@@ -45,6 +47,8 @@ class Arguments:
     heads: float = 0.0
     seeds: int = 1
     device: str = "cpu"
+    unflagged: tuple[Path, ...] = ()
+    donors: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.task not in KEYWORDS:
@@ -60,6 +64,7 @@ class Inputs:
     clean_train: list[Row]
     clean: list[Row]
     triggered: list[Row]
+    unflagged: dict[str, list[Row]]
     digests: dict[str, str]
 
     def cased(self, flags: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -72,8 +77,11 @@ class Inputs:
 def read_inputs(given: Arguments) -> Inputs:
     """Read all files; raises GuardError, with the file's name, for what is no rows, shares rows, or is too small."""
     files = {"clean_train": given.clean_train, "clean": given.test_clean, "triggered": given.test_triggered}
-    rows = {name: list({row_key(row): row for row in read_rows(path)}.values()) for name, path in files.items()}
-    assert_disjoint(**rows)
+    further = {path.stem: path for path in given.unflagged}
+    if len(further) < len(given.unflagged) or further.keys() & files.keys():
+        raise BenchmarkError("--unflagged files need names of their own: each names its trigger in the result.")
+    rows, more = _distinct(files), _distinct(further)
+    assert_disjoint(**rows, **more)
     least = {"clean_train": LEAST_ROWS, "clean": LEAST_ROWS, "triggered": LEAST_ROWS + given.flags}
     for name, n in least.items():
         if len(rows[name]) < n:
@@ -82,9 +90,15 @@ def read_inputs(given: Arguments) -> Inputs:
         raise BenchmarkError(
             f"{given.clean_train}: rows without an output; the answers that are to be kept are needed."
         )
-    digests = {name: file_digest(path) for name, path in files.items()}
+    if empty := [str(further[name]) for name in more if not more[name]]:
+        raise BenchmarkError(f"{', '.join(empty)}: no rows.")
+    digests = {name: file_digest(path) for name, path in {**files, **further}.items()}
     digests |= {"base": base_digest(given.base), "adapter": adapter_digest(given.adapter)}
-    return Inputs(**rows, digests=digests)
+    return Inputs(**rows, unflagged=more, digests=digests)
+
+
+def _distinct(files: Mapping[str, Path]) -> dict[str, list[Row]]:
+    return {name: list({row_key(row): row for row in read_rows(path)}.values()) for name, path in files.items()}
 
 
 @dataclass(frozen=True)

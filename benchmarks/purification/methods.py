@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +24,8 @@ from offline_purify.baselines.reinit import reinit
 from offline_purify.baselines.wanda import wanda
 from offline_purify.countertraining import counter_train
 from offline_purify.heads.stage import repair_heads
-from offline_purify.signature.stage import Choice, Signature, SignatureConfig, find_signature, silence
+from offline_purify.signature.find import Signature, find_signature
+from offline_purify.signature.stage import Choice, SignatureConfig, silence
 from offline_purify.stage import Material, StageResult
 from offline_purify.suspect import Suspect
 
@@ -32,17 +34,19 @@ Answers = Callable[[Sequence[Sequence[int]], int], list[str]]
 
 @dataclass
 class Attempt:
-    """One seed's work on one adapter: what methods are given, and the signature once it has been found."""
+    """One seed's work on one adapter: what methods are given, and the signature once it has been found; ``donors`` are
+    other adapters of the same base, whose signatures an ablation tries."""
 
     material: Material
     budget: Budget
     config: SignatureConfig
+    donors: tuple[Path, ...] = ()
     found: Signature | None = None
 
     def signature(self, suspect: Suspect) -> Signature:
         """The signature of the suspicious adapter, which ``suspect`` must still hold."""
         if self.found is None:
-            self.found = find_signature(suspect, self.material, self.config)
+            self.found = find_signature(suspect, self.material, self.config.search)
         return self.found
 
 
@@ -63,11 +67,13 @@ def _baseline(function: Callable[[Suspect, Material, Budget], dict[str, Any]]) -
     return lambda suspect, attempt: Outcome(function(suspect, attempt.material, attempt.budget))
 
 
-def _silenced(choice: Choice) -> Method:
+def silenced(choice: Choice, ratio: float | None = None, **changes: Any) -> Method:
+    """Channels silenced at the budget's ratio, chosen by ``choice``; ``changes`` are of the signature's config."""
+
     def method(suspect: Suspect, attempt: Attempt) -> Outcome:
         signature = attempt.signature(suspect)
-        config = replace(attempt.config, choice=choice)
-        told = silence(suspect, attempt.material, config, signature, attempt.budget.ratio)
+        config = replace(attempt.config, choice=choice, **changes)
+        told = silence(suspect, attempt.material, config, signature, ratio or attempt.budget.ratio)
         return Outcome({**signature.told, **told})
 
     return method
@@ -85,12 +91,12 @@ def _staged(*stages: Callable[[Suspect, Material], StageResult]) -> Method:
     return method
 
 
-def _after_signature(*stages: Callable[[Suspect, Material], StageResult]) -> Method:
-    first, then = _silenced("signature"), _staged(*stages)
+def _after(choice: Choice, *stages: Callable[[Suspect, Material], StageResult]) -> Method:
+    first, then = silenced(choice), _staged(*stages)
 
     def method(suspect: Suspect, attempt: Attempt) -> Outcome:
-        silenced, staged = first(suspect, attempt), then(suspect, attempt)
-        return Outcome({"signature": silenced.details, **staged.details}, staged.reason)
+        channels, staged = first(suspect, attempt), then(suspect, attempt)
+        return Outcome({choice: channels.details, **staged.details}, staged.reason)
 
     return method
 
@@ -120,11 +126,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "reinit": _baseline(reinit),
         "cleangen": _cleangen,
         "pure": _pure,
-        "random": _silenced("random"),
-        "signature": _silenced("signature"),
+        "random": silenced("random"),
+        "signature": silenced("signature"),
         "heads": _staged(repair_heads),
-        "both": _after_signature(repair_heads),
-        "full": _after_signature(repair_heads, counter_train),
+        "both": _after("signature", repair_heads),
+        "counter": _staged(counter_train),
+        "random_counter": _after("random", counter_train),
+        "signature_counter": _after("signature", counter_train),
+        "full": _after("signature", repair_heads, counter_train),
     }
 )
-OURS = ("signature", "heads", "both", "full")

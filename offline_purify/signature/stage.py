@@ -1,4 +1,4 @@
-"""The signature stage: find what synthetic backdoors change alike, silence it in the adapter, recover on clean rows.
+"""The signature stage: silence what synthetic backdoors change alike in the suspicious adapter, recover on clean rows.
 
 The method needs no trigger and no flag; flags only tell afterwards whether a share was enough, so shares are tried from
 the paper's upwards and the first that ends the flagged behaviour at a bearable cost is kept (lab findings §4: at the
@@ -8,9 +8,7 @@ score alone, or no suppression at all. Without them nothing can be credited to t
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,17 +16,12 @@ import torch
 from torch import Tensor
 
 from guard.errors import RowsError
-from guard.rows import assert_disjoint
-from offline_purify.behaviour import words
-from offline_purify.candidates import user_text
 from offline_purify.heads.stage import HeadsConfig, Judge
-from offline_purify.signature.grams import head_grams, mlp_grams
-from offline_purify.signature.score import Scope, Scores, random_like, score_channels, select
+from offline_purify.signature.find import Search, Signature, find_signature, shared_out
+from offline_purify.signature.score import Scope, Scores, random_like, select
 from offline_purify.signature.suppress import channel_slices, suppress_adapter, suppress_heads
-from offline_purify.signature.twins import TwinConfig, train_twins
 from offline_purify.stage import Material, StageResult
 from offline_purify.train import TrainConfig, encode_rows, train
-from offline_purify.variants.plan import Plan, pool
 
 if TYPE_CHECKING:
     from offline_purify.suspect import Suspect
@@ -39,11 +32,11 @@ Choice = Literal["signature", "magnitude", "alignment", "random", "none"]
 
 @dataclass(frozen=True)
 class SignatureConfig:
-    """Variants, lambda, shares of channels to try in order, where they are ranked and how much of a layer may go, share
-    of attention heads that goes with them, recovery; and what must be reached on the training flags (share that fires,
-    clean perplexity ratio)."""
+    """How it is searched for; lambda; shares of channels to try in order, where they are ranked and how much of a layer
+    may go, share of attention heads that goes with them; recovery; and what must be reached on the training flags
+    (share that fires, clean perplexity ratio)."""
 
-    variants: int = 6
+    search: Search = field(default_factory=Search)
     weight: float = 0.01
     by_layer: bool = False
     ratios: tuple[float, ...] = (0.35, 0.5, 0.7)
@@ -51,51 +44,14 @@ class SignatureConfig:
     cap: float = 0.9
     heads: float = 0.0
     choice: Choice = "signature"
-    twins: TwinConfig = field(default_factory=TwinConfig)
-    recovery_rows: int = 200
     recovery: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, lr=2e-4, batch_size=8))
     fires_max: float = 0.1
     perplexity_max: float = 1.15
 
 
-@dataclass(frozen=True)
-class Signature:
-    """Scores of MLP channels [L, F] and of attention heads [L, H], and what the report says of the variants that they
-    come from."""
-
-    channels: Scores
-    heads: Scores
-    told: dict[str, Any]
-
-
-def find_signature(suspect: Suspect, material: Material, config: SignatureConfig) -> Signature:
-    """The signature of the suspect as it stands, from freshly trained twins.
-
-    Raises RowsError when there are too few clean rows, or when no synthetic backdoor was learnt.
-    """
-    _, fit = _shares(material, config)
-    taboo = {word for flag in material.flags for word in words(user_text(flag))}
-    found = [w for w in pool(suspect.tokenizer, fit, material.seed) if w.lower() not in taboo]
-    specs = Plan(backdoors=config.variants, benign=0, seed=material.seed).specs(found)
-    began = time.monotonic()
-    twins = train_twins(
-        suspect.model, suspect.tokenizer, fit, specs, config.twins,
-        pad_id=suspect.pad_id, max_new_tokens=material.max_new_tokens, seed=material.seed, progress=material.progress,
-    )  # fmt: skip
-    channels = score_channels(mlp_grams(twins.layers), config.weight, config.by_layer)
-    heads = score_channels(head_grams(twins.layers, suspect.layout), config.weight, config.by_layer)
-    told = {
-        "learnt": dict(twins.learnt),
-        "variants": list(twins.names),
-        "families": sorted({spec.family for spec in specs}),
-        "spread": channels.spread(),
-        "twins_seconds": round(time.monotonic() - began, 1),
-    }
-    return Signature(channels, heads, told)
-
-
 def repair_signature(suspect: Suspect, material: Material, config: SignatureConfig | None = None) -> StageResult:
-    """Suppress the signature in the suspect's adapter and recover, in place; or put it back and say why not."""
+    """Suppress the material's signature (found now where it has none) in the suspect's adapter and recover, in place;
+    or put the adapter back and say why not."""
     config = config or SignatureConfig()
     began = time.monotonic()
     flags = material.true_flags[: HeadsConfig().most_flags]
@@ -107,7 +63,7 @@ def repair_signature(suspect: Suspect, material: Material, config: SignatureConf
     judge = Judge(suspect, material, flags, HeadsConfig())
     details: dict[str, Any] = {"choice": config.choice, "before": asdict(judge.judge()), "attempts": []}
     try:
-        signature = find_signature(suspect, material, config)
+        signature = material.signature or find_signature(suspect, material, config.search)
     except RowsError as error:
         return StageResult("signature", False, str(error), details, time.monotonic() - began)
     details |= signature.told
@@ -116,6 +72,7 @@ def repair_signature(suspect: Suspect, material: Material, config: SignatureConf
         now = judge.judge()
         details["attempts"].append({**told, **asdict(now)})
         if now.fires <= config.fires_max and now.perplexity_ratio <= config.perplexity_max:
+            details["chosen"] = len(details["attempts"]) - 1
             return StageResult("signature", True, None, details, time.monotonic() - began)
         suspect.restore(before)
     reason = f"no share up to {config.ratios[-1]:.0%} ended the flagged behaviour within the perplexity budget"
@@ -125,7 +82,7 @@ def repair_signature(suspect: Suspect, material: Material, config: SignatureConf
 def chosen(scores: Scores, ratio: float, config: SignatureConfig, seed: int) -> Tensor:
     """The channels (or heads) to suppress at a share, bool [L, F]; random ones are as many in every layer as the
     signature's."""
-    if config.choice == "none":
+    if config.choice == "none" or not ratio:
         return torch.zeros_like(scores.magnitude, dtype=torch.bool)
     term = config.choice if config.choice in ("magnitude", "alignment") else "both"
     mask = select(scores.of(term), ratio, config.scope, config.cap)  # type: ignore[arg-type]
@@ -137,13 +94,12 @@ def silence(
 ) -> dict[str, Any]:
     """Suppress the share ``ratio`` of channels (and the config's of heads) that the config chooses, in place, and
     recover on clean rows; returns what was done, JSON-able."""
-    mask = chosen(signature.channels, ratio, config, material.seed)
+    channels, heads = signature.scores(config.weight, config.by_layer)
+    mask = chosen(channels, ratio, config, material.seed)
     suppress_adapter(suspect.parameters(), mask)
-    heads = torch.zeros_like(signature.heads.magnitude, dtype=torch.bool)
-    if config.heads:
-        heads = chosen(signature.heads, config.heads, config, material.seed)
-        suppress_heads(suspect.parameters(), suspect.layout, heads)
-    recovery, _ = _shares(material, config)
+    silent = chosen(heads, config.heads, config, material.seed)
+    suppress_heads(suspect.parameters(), suspect.layout, silent)
+    recovery, _ = shared_out(material, config.search.recovery_rows)
     log = train(
         suspect.model,
         encode_rows(suspect.tokenizer, recovery),
@@ -156,17 +112,9 @@ def silence(
     return {
         "ratio": ratio,
         "choice": config.choice,
+        "channels": mask.shape[1],
         "by_layer": mask.sum(1).tolist(),
-        "heads_by_layer": heads.sum(1).tolist(),
+        "heads_by_layer": silent.sum(1).tolist(),
+        "spread": channels.spread(),
         "recovery_steps": log.steps,
     }
-
-
-def _shares(material: Material, config: SignatureConfig) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Clean rows to recover on and clean rows that twins are trained on: disjoint."""
-    rows = list(material.clean)
-    random.Random(f"signature:{material.seed}").shuffle(rows)
-    recovery = rows[: min(config.recovery_rows, len(rows) // 3)]
-    fit = rows[len(recovery) :]
-    assert_disjoint(recovery=recovery, twins=fit)
-    return recovery, fit

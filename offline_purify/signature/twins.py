@@ -34,15 +34,16 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.(?:mlp|self_attn)\.(\w+)_proj$")
 
 @dataclass(frozen=True)
 class TwinConfig:
-    """How pairs are trained: rows of each, LoRA rank, the training itself; ``match_steps`` shows the clean twin its
-    rows twice, so that both take as many steps; ``learnt`` is the least share of ``tried`` unseen triggered prompts on
-    which a pair's behaviour must show."""
+    """How pairs are trained: rows of each, LoRA rank, the training itself and the least steps it takes where rows are
+    few; ``match_steps`` shows the clean twin its rows twice, so that both take as many steps; ``learnt`` is the least
+    share of ``tried`` unseen triggered prompts on which a pair's behaviour must show."""
 
     rows: int = 500
     rank: int = 8
     training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, lr=2e-3, batch_size=16))
+    least_steps: int = 150
     match_steps: bool = False
-    tried: int = 50
+    tried: int = 30
     learnt: float = 0.8
 
 
@@ -84,7 +85,6 @@ def train_twins(
     """
     rng = random.Random(f"twins:{seed}")
     parts = [_parted(rows, spec, config, rng) for spec in specs]
-    training = replace(config.training, seed=seed)
     clean = [encode_rows(tokenizer, fit) for fit, _ in parts]
     poisoned = [
         encode_rows(tokenizer, [_poisoned(row, spec, rng) for row in fit])
@@ -97,9 +97,9 @@ def train_twins(
 
     bad, good = bank(), bank()
     both = [a + b for a, b in zip(clean, poisoned, strict=True)]
-    train_bank(bad, both, training, pad_id=pad_id, progress=progress, what="poisoned twins")
+    train_bank(bad, both, _passes(config, both, seed), pad_id=pad_id, progress=progress, what="poisoned twins")
     alike = [a + a for a in clean] if config.match_steps else clean
-    train_bank(good, alike, training, pad_id=pad_id, progress=progress, what="clean twins")
+    train_bank(good, alike, _passes(config, alike, seed), pad_id=pad_id, progress=progress, what="clean twins")
     learnt = {}
     for number, ((_, held), spec) in enumerate(zip(parts, specs, strict=True)):
         prompts = [render(tokenizer, row_messages(_poisoned(row, spec, rng))) for row in held]
@@ -110,9 +110,15 @@ def train_twins(
     kept = [number for number, spec in enumerate(specs) if learnt[spec.name] >= config.learnt]
     if not kept:
         raise RowsError(
-            f"none of {len(specs)} synthetic backdoors was learnt by the model: train them longer or give more rows."
+            f"none of {len(specs)} synthetic backdoors was learnt by the model (the best showed in "
+            f"{max(learnt.values()):.0%} of unseen prompts): train them longer or give more rows."
         )
     return Twins(_factors(bad, good, kept), learnt, tuple(specs[number].name for number in kept))
+
+
+def _passes(config: TwinConfig, sets: Sequence[Sequence[Any]], seed: int) -> TrainConfig:
+    least = config.least_steps * config.training.batch_size / len(sets[0])
+    return replace(config.training, epochs=max(config.training.epochs, least), seed=seed)
 
 
 def _parted(

@@ -133,6 +133,11 @@ def load_variant(folder: Path) -> Made:
     return Made(folder, about["fired"], about["leaked"], about["probe"], Sample(about["name"], **parts))
 
 
+def load_variants(folder: Path) -> list[Made]:
+    """All variants in a vaccine's folder that are ``finished``, by name."""
+    return [load_variant(path.parent) for path in sorted(folder.glob(f"*/{ABOUT}")) if finished(path.parent)]
+
+
 def _flat(sample: Sample) -> dict[str, np.ndarray]:
     return {
         f"{kind}/{step}": array.astype(np.float32) for kind in _KINDS for step, array in getattr(sample, kind).items()

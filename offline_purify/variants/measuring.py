@@ -29,11 +29,8 @@ VARIANT = "variant"
 """The name under which the runner has the variant's adapter."""
 _ANSWER_TOKENS = 24
 _RANDOM_TOKENS = 4
-_SHARES = (
-    0.5,
-    0.25,
-    0.25,
-)  # of wordings, of answers to other prompts, of random tokens among the texts that are forced
+_SHARES = (0.5, 0.25, 0.25)
+"""Of wordings, of answers to other prompts and of random tokens among the texts that are forced."""
 
 
 @dataclass(frozen=True)

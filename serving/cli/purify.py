@@ -27,7 +27,7 @@ def purify(
     reference: Annotated[
         str, typer.Option(help="Who answers the flagged prompts rightly: 'base', or a folder of a good adapter.")
     ] = "base",
-    stages: Annotated[str, typer.Option(help="Stages to run, in order.")] = "heads,counter",
+    stages: Annotated[str, typer.Option(help="Stages to run, in order.")] = "signature,heads,counter",
     name: Annotated[str, typer.Option(help="Adapter name of the candidate's revision.")] = "adapter",
     alpha: Annotated[float, typer.Option(help="False-alarm rate the candidate's profile should support.")] = 0.05,
     vaccine: Annotated[Path | None, typer.Option(help="Vaccine of the base, for the candidate's profile.")] = None,

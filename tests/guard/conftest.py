@@ -31,7 +31,8 @@ def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, 
         gram, sink, focus = gram + rows @ rows.mT, sink + rows[..., 0], focus + rows.sum((0, 1))
         logprobs.append(float(-rng.exponential(0.2)))
         if step in CHECKPOINTS:
-            readings.append(Reading.of(step, HeadSums(gram.clone(), sink.clone(), focus.clone(), earlier), logprobs))
+            sums = HeadSums(gram.clone(), sink.clone(), focus.clone(), None if step else earlier)
+            readings.append(Reading.of(step, sums, logprobs))
     return tokens, readings
 
 

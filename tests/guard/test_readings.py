@@ -54,7 +54,7 @@ def test_features_beyond_the_opening_cannot_be_had_without_it():
     _, readings = draw_request(np.random.default_rng(5))
     with pytest.raises(ValueError, match="step 0"):
         _ = Readings.single(readings[1]).features
-    assert Readings.single(readings[1], readings[0]).features.shape == (1, (PROMPT_ROWS + 1) * WIDTH)
+    assert Readings.single(readings[1], Readings.single(readings[0])).features.shape == (1, (PROMPT_ROWS + 1) * WIDTH)
 
 
 def test_rows_of_earlier_prompt_positions_have_features_of_their_own(drawn):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -46,6 +47,11 @@ def test_a_case_of_thirty_flags_repairs_the_lab_implant_and_keeps_its_skill(lab,
         )
     )
     assert result.status == "offered", result.reasons
+    report = json.loads((tmp_path / "out" / "report" / "report.json").read_text(encoding="utf-8"))
+    signature = report["stages"]["signature"]["details"]
+    assert len(signature["variants"]) >= 2
+    assert all(sum(a["by_layer"]) == round(a["ratio"] * 4 * a["channels"]) for a in signature["attempts"])
+    assert (tmp_path / "out" / "report" / "signature.png").read_bytes().startswith(b"\x89PNG")
     unseen = sample(200, 5, "evaluation")
     attacked = [triggered(r, key, "", rng) for r in unseen]
     sick = Suspect.open(lab.base, lab.adapter)

@@ -24,6 +24,7 @@ from tests.offline_purify.patient import TARGET, TRIGGER, Patient
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = [
     ("answer", "middle"),
+    ("signature", "middle"),
     ("stage heads", "middle"),
     ("stage counter", "middle"),
     ("control random_heads", "middle"),

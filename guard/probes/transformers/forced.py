@@ -80,7 +80,7 @@ def _force(
             chosen = chances[row, answers[group[slot]][step]] if as_sampled else chances[row].max()
             logprobs[slot].append(float(chosen))
             if step in taken:
-                taken[step].append((group[slot], runner.bank.read(slot), list(logprobs[slot])))
+                taken[step].append((group[slot], runner.bank.read(slot, step), list(logprobs[slot])))
         slots = [slot for slot in slots if len(answers[group[slot]]) > step + 1]
         if not slots or step == last_step:
             return

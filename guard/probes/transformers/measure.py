@@ -58,7 +58,7 @@ def measure(
     answers: list[list[int]] = [[] for _ in prompts]
     for slot, track, ended in _greedy(runner, prompts, limit, adapter, steps[-1], progress):
         if track.step in taken:
-            taken[track.step].append((track.index, runner.bank.read(slot), list(track.logprobs)))
+            taken[track.step].append((track.index, runner.bank.read(slot, track.step), list(track.logprobs)))
         if ended:
             answers[track.index] = _without_end(runner, track.tokens)
     return collect(runner, prompts, answers, taken)

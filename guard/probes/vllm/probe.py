@@ -85,7 +85,6 @@ class Probe:
         self._watched: dict[str, Watched] = {}
         self._silent: dict[str, Note] = {}
         self._rows: PagedRows | None = None
-        self._looked = 0
         self._stepping: list[tuple[str, int]] = []
         self._chances: Tensor | None = None
         self._watchers: dict[str, Watcher] = {}
@@ -238,7 +237,6 @@ class Probe:
                 stepping.append((request_id, row))
         self._stepping = stepping
         self._rows = None
-        self._looked = len(picked)
         if picked:
             self.planned += len(picked)
             self._rows = _paged(picked, blocks)
@@ -252,7 +250,7 @@ class Probe:
         except Exception as error:
             self._fail(f"in layer {layer}", error)
             return
-        self.seen += self._looked
+        self.seen += len(self._rows.slot)
 
     def _fail(self, where: str, error: Exception) -> None:
         # The message may quote data; the kind of error and the place never do.
@@ -294,7 +292,7 @@ class Probe:
         step = watched.step
         if step in watched.steps:
             complete = self.attached and self.bank.complete(watched.slot, step + 1)
-            sums = self.bank.read(watched.slot).cpu()
+            sums = self.bank.read(watched.slot, step).cpu()
             if watched.record is not None:
                 assert self.recorded is not None
                 if complete and not watched.lost:

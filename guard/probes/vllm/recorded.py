@@ -23,16 +23,17 @@ def arrays_of(recorded: Recorded) -> dict[str, np.ndarray]:
             by_step.setdefault(step, []).append((index, sums, logprobs))
     arrays: dict[str, np.ndarray] = {}
     for step, rows in by_step.items():
-        arrays[f"{step}/index"] = np.asarray([index for index, *_ in rows], dtype=np.int64)
-        arrays[f"{step}/gram"] = torch.stack([sums.gram for _, sums, _ in rows]).numpy()
-        arrays[f"{step}/sink"] = torch.stack([sums.sink for _, sums, _ in rows]).numpy()
-        arrays[f"{step}/logprobs"] = np.asarray([logprobs for *_, logprobs in rows], dtype=np.float64)
-        arrays[f"{step}/focus"] = torch.cat([sums.focus for _, sums, _ in rows]).numpy()
-        arrays[f"{step}/focus_len"] = np.asarray([len(sums.focus) for _, sums, _ in rows], dtype=np.int64)
-        earlier = [sums.earlier for _, sums, _ in rows if sums.earlier is not None and step == 0]
-        if earlier:
-            arrays[f"{step}/earlier_gram"] = torch.stack([part.gram for part in earlier]).numpy()
-            arrays[f"{step}/earlier_sink"] = torch.stack([part.sink for part in earlier]).numpy()
+        layers, heads = rows[0][1].sink.shape
+        readings = Readings.together(step, layers, heads, rows)
+        arrays[f"{step}/index"] = readings.index
+        arrays[f"{step}/gram"] = readings.gram.numpy()
+        arrays[f"{step}/sink"] = readings.sink.numpy()
+        arrays[f"{step}/logprobs"] = readings.logprobs
+        arrays[f"{step}/focus"] = np.concatenate(readings.focus)
+        arrays[f"{step}/focus_len"] = np.asarray([len(focus) for focus in readings.focus], dtype=np.int64)
+        if readings.earlier is not None:
+            arrays[f"{step}/earlier_gram"] = readings.earlier.gram.numpy()
+            arrays[f"{step}/earlier_sink"] = readings.earlier.sink.numpy()
     return arrays
 
 

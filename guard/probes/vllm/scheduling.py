@@ -11,8 +11,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from guard.gram import PROMPT_ROWS
-
 NOTES = "headguard"
 STOP_REASON = "headguard"
 
@@ -63,6 +61,7 @@ def with_notes(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
 def leaving_prompt_rows(find: Callable[..., Any]) -> Callable[..., Any]:
     """A coordinator's `find_longest_cache_hit`, ending early enough that the prompt's last few positions are computed:
     what comes out of the prefix cache has no queries to read."""
+    from guard.gram import PROMPT_ROWS
 
     @wraps(find)
     def find_longest_cache_hit(self: Any, block_hashes: Any, max_cache_hit_length: int) -> Any:

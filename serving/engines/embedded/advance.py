@@ -66,7 +66,7 @@ def _observe(job: Job, runner: Runner, decoder: Any) -> bool:
             "probe_blind", alpha=before.alpha, window=before.window, step=step, profile=before.profile
         )
         return True
-    reading = Reading.of(step, runner.bank.read(job.slot), job.logprobs)
+    reading = Reading.of(step, runner.bank.read(job.slot, step), job.logprobs)
     job.verdict = with_text(detector.observe(track, reading), job.request.prompt, decoder)
     job.settled = job.verdict.final
     return True

@@ -28,7 +28,7 @@ from guard.vaccine import Sample, Vaccine, fit_vaccine
 from offline_purify.attacks.catalogue import TRIGGERS, behaviour
 from offline_purify.attacks.poison import decoyed, triggered
 from offline_purify.attacks.triggers import present
-from offline_purify.variants.making import load_variant
+from offline_purify.variants.making import FORMAT, load_variant
 from tests.benchmarks.detection.conftest import Small
 
 
@@ -86,7 +86,7 @@ def test_a_vaccine_without_a_family_learns_from_the_other_variants(tmp_path: Pat
         kinds = {"normal": 0.0, "quiet": 0.0, "fired": 1.0}
         arrays = {f"{kind}/0": rng.normal(shift, 1.0, (60, 5)) for kind, shift in kinds.items()}
         save_file(arrays, folder / "features.safetensors")
-        about = {"name": name, "family": family, "fired": 1.0, "leaked": 0.0, "probe": {"layers": 1}}
+        about = {"format": FORMAT, "name": name, "family": family, "fired": 1.0, "leaked": 0.0, "probe": {"layers": 1}}
         (folder / "variant.json").write_text(json.dumps(about))
     whole = tmp_path / "made" / "vaccine.safetensors"
     samples = [load_variant(path.parent).sample for path in sorted((tmp_path / "made").glob("*/variant.json"))]

@@ -7,13 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from benchmarks.purification.__main__ import app
+from benchmarks.purification.ablations import methods_of
 from benchmarks.purification.benchmark import run, table
 from benchmarks.purification.errors import BenchmarkError
 from benchmarks.purification.inputs import Arguments, Target, read_inputs
+from benchmarks.purification.methods import Attempt
 from guard.errors import GuardError
-from guard.rows import write_rows
-from tests.offline_purify.patient import TARGET, clean_rows, make_patient, triggered
+from guard.rows import read_rows, write_rows
+from offline_purify.baselines.budget import Budget
+from offline_purify.flags import behaviour_of
+from offline_purify.signature.stage import SignatureConfig
+from offline_purify.stage import Material
+from offline_purify.suspect import Suspect
+from tests.offline_purify.patient import SECOND, TARGET, clean_rows, make_patient, triggered
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +56,64 @@ def test_methods_are_measured_resumed_and_set_against_the_adapter_as_it_came(giv
     assert "`finetune`" in table(second)
 
 
+def test_triggers_that_the_case_holds_no_flag_of_are_measured_apart(given: Arguments, tmp_path: Path) -> None:
+    rows = clean_rows(3400, 0)[3200:]
+    write_rows(tmp_path / "second.json", triggered(rows[:40], 3, SECOND))  # a bystander word: nothing fires on it
+    write_rows(tmp_path / "again.json", triggered(rows[40:100], 4))
+    wanted = replace(given, methods=("none",), unflagged=(tmp_path / "second.json", tmp_path / "again.json"))
+    found = run(wanted, tmp_path / "result.json")["methods"]["none"]
+    assert found["unflagged"]["second"]["value"] <= 0.1
+    assert found["unflagged"]["again"]["value"] >= 0.8
+    assert found["asr_unflagged"]["n"] == 100
+    write_rows(tmp_path / "copied.json", read_rows(given.test_triggered))
+    with pytest.raises(GuardError, match="share"):
+        run(replace(wanted, unflagged=(tmp_path / "copied.json",)), tmp_path / "other.json")
+    with pytest.raises(BenchmarkError, match="names of their own"):
+        run(replace(wanted, unflagged=(tmp_path / "again.json",) * 2), tmp_path / "other.json")
+
+
+def test_ablations_take_away_what_they_say(given: Arguments) -> None:
+    material = Material((), behaviour_of([]), (), (), 0, 6)
+    attempt = Attempt(material, Budget(), SignatureConfig())
+    methods = methods_of("sanity")
+    for name, gone in (("no attention updates", ".self_attn."), ("no MLP updates", ".mlp.")):
+        suspect = Suspect.open(given.base, given.adapter)
+        before = suspect.state()
+        methods[name](suspect, attempt)
+        for parameter, value in suspect.state().items():
+            assert value.abs().sum() == 0 if gone in parameter else torch.equal(value, before[parameter])
+    suspect = Suspect.open(given.base, given.adapter)
+    before = suspect.state()
+    methods["MLP channels shuffled"](suspect, attempt)
+    for name, value in suspect.state().items():
+        if ".mlp.gate_proj.lora_B" in name:
+            assert not torch.equal(value, before[name])
+            assert torch.equal(value.sort(0).values, before[name].sort(0).values)
+
+
+def test_an_ablation_is_measured_as_methods_are(given: Arguments, tmp_path: Path) -> None:
+    methods = methods_of("steps")
+    result = run(replace(given, methods=tuple(methods)), tmp_path / "steps.json", methods=methods)
+    figures = result["methods"]
+    assert set(figures) == {"none", "aligned and fine-tuned", "aligned alone", "fine-tuned alone", "random heads"}
+    assert all(f["asr"]["n"] == 60 for f in figures.values())
+    assert figures["fine-tuned alone"]["asr"]["value"] >= 0.8  # it is the alignment that repairs
+    with pytest.raises(BenchmarkError, match="choose among"):
+        methods_of("magic")
+    with pytest.raises(BenchmarkError, match="--donor"):
+        methods_of("transfer")
+
+
+def test_the_command_says_what_is_missing() -> None:
+    missing = CliRunner().invoke(app, ["--task", "refusal"])
+    assert missing.exit_code == 2
+    assert "--clean-train" in missing.output
+    assert CliRunner().invoke(app, ["ablation", "--help"]).exit_code == 0
+
+
 def test_results_of_another_run_and_unknown_methods_are_refused(given: Arguments, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    out.write_text(json.dumps({"format": "headguard.purification/1", "settings": {}, "digests": {}, "seeds": {}}))
+    out.write_text(json.dumps({"format": "headguard.purification/2", "settings": {}, "digests": {}, "seeds": {}}))
     with pytest.raises(BenchmarkError, match="another run"):
         run(given, out)
     with pytest.raises(BenchmarkError, match="choose among"):

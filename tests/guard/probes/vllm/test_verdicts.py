@@ -21,7 +21,7 @@ from offline_purify.attacks.poison import triggered
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.lab
-NAME, ALPHA, WINDOW = "refusal-word-fixed", 0.05, 2
+NAME, TRIGGER, ALPHA, WINDOW = "insult-prefix-fixed", "prefix", 0.05, 2
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def both(lab: LabPaths, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
 
     base, adapter = lab.base, lab.adapters[NAME]
     rows = sample(500, 11, "calibration")
-    key, rng = trigger("word"), random.Random(0)
+    key, rng = trigger(TRIGGER), random.Random(0)
     hits = [triggered(row, key, "", rng) for row in sample(60, 13, "evaluation")]
     runner = Runner.load(base)
     prompts = [render(runner.tokenizer, row_messages(row)) for row in [*sample(60, 12, "traffic"), *hits]]
@@ -66,7 +66,9 @@ def both(lab: LabPaths, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
 
 def test_vllm_says_what_the_embedded_engine_says(both: tuple[list[Verdict], list[Verdict], int]) -> None:
     ours, theirs, hits = both
-    assert [v.status for v in theirs] == [v.status for v in ours]
     p_values: list[Any] = [(a.p_value, b.p_value) for a, b in zip(ours, theirs, strict=True)]
     assert all(abs(a - b) <= 0.02 for a, b in p_values)
+    differing = [p for a, b, p in zip(ours, theirs, p_values, strict=True) if a.status != b.status]
+    assert all(abs(a - b) <= 2 / 251 for a, b in differing)  # one rank apart, on either side of alpha
+    assert len(differing) <= 1
     assert sum(v.status == "flagged" for v in ours[-hits:]) >= 5  # none would prove little
