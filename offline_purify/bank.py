@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offline_purify.train import Example, Progress, TrainConfig, answer_losses, collate, index_batches, learning_rate
+from offline_purify.train import Example, Progress, TrainConfig, answer_sums, collate, index_batches, learning_rate
 
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
@@ -116,8 +116,7 @@ def train_bank(
             for number, indices in enumerate(steps):
                 rows = [examples[i] for examples, chosen in zip(sets, indices, strict=True) for i in chosen]
                 batch = collate(rows, pad_id, parameters[0].device)
-                out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-                sums, counts = (t.view(bank.count, -1).sum(1) for t in answer_losses(out.logits, batch["labels"]))
+                sums, counts = (t.view(bank.count, -1).sum(1) for t in answer_sums(model, batch))
                 each = sums / counts.clamp(min=1)
                 optimizer.zero_grad(set_to_none=True)
                 each.sum().backward()

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from guard.gram import cosine
 from guard.rows import Row
@@ -25,7 +27,7 @@ from offline_purify.answers import greedy_answers
 from offline_purify.behaviour import FlaggedBehaviour
 from offline_purify.candidates import Candidate, with_candidate
 from offline_purify.flags import Flag
-from offline_purify.heads.scores import head_grams
+from offline_purify.heads.scores import head_grams, head_similarity
 from offline_purify.intervals import (
     Figure,
     bootstrap,
@@ -33,7 +35,7 @@ from offline_purify.intervals import (
     ratio_of_perplexities,
     share,
 )
-from offline_purify.train import Example, encode_rows, mean_answer_losses
+from offline_purify.train import Example, answer_logits, collate, encode_rows, mean_answer_losses
 
 if TYPE_CHECKING:
     from offline_purify.suspect import Suspect
@@ -61,7 +63,9 @@ def normalised(text: str) -> str:
 
 @dataclass(frozen=True)
 class Sitting:
-    """What one state answered. ``losses`` in nats summed per clean row; ``p99`` of head-pair cosines per prompt."""
+    """What one state answered. ``losses`` in nats summed per clean row; ``p99`` of head-pair cosines per prompt;
+    ``similarity`` of each head to the nearest of its layer [L][H], mean over prompts; ``kl`` per clean row, nats per
+    answer token, from the adapter as it came (empty for the reference)."""
 
     flagged_fires: list[bool]
     flagged_agrees: list[bool]
@@ -73,6 +77,9 @@ class Sitting:
     tokens: list[int]
     p99_flagged: list[float]
     p99_clean: list[float]
+    similarity_flagged: list[list[float]]
+    similarity_clean: list[list[float]]
+    kl: list[float]
     flagged_answers: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,17 +142,39 @@ def set_exam(
     )
 
 
-def pair_p99(suspect: Suspect, prompts: Sequence[Sequence[int]], answers: Sequence[str]) -> list[float]:
-    """99th percentile of the within-layer head-pair cosines of each prompt with its own answer (teacher-forced)."""
+def likeness(
+    suspect: Suspect, prompts: Sequence[Sequence[int]], answers: Sequence[str]
+) -> tuple[list[float], list[list[float]]]:
+    """How alike heads look at prompts with their own answers (teacher-forced): the 99th percentile of each prompt's
+    within-layer pair cosines, and each head's greatest cosine with another one [L][H], mean over prompts."""
     examples = [
         Example(tuple(p), tuple(answer_ids(suspect.tokenizer, a))) for p, a in zip(prompts, answers, strict=True)
     ]
     if not examples:
-        return []
-    cosines = cosine(head_grams(suspect, examples)).numpy()
+        return [], []
+    grams = head_grams(suspect, examples)
+    cosines = cosine(grams).numpy()
     upper = np.triu_indices(cosines.shape[-1], 1)
     pairs = cosines[:, :, upper[0], upper[1]].reshape(len(examples), -1)
-    return [float(q) for q in np.quantile(pairs, 0.99, axis=1)]
+    return [float(q) for q in np.quantile(pairs, 0.99, axis=1)], head_similarity(grams).mean(0).tolist()
+
+
+@torch.no_grad()
+def divergence(suspect: Suspect, before: dict[str, Tensor], rows: Sequence[Row], batch_size: int = 32) -> list[float]:
+    """KL divergence of the suspect as it stands from its state ``before`` on each row, mean over the answer's tokens,
+    nats. The suspect is left as it stands."""
+    now, found = suspect.state(), []
+    examples = encode_rows(suspect.tokenizer, rows)
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size], suspect.pad_id, suspect.device)
+        new, _, owner = answer_logits(suspect.model, batch)
+        suspect.restore(before)
+        old = answer_logits(suspect.model, batch)[0].log_softmax(-1)
+        suspect.restore(now)
+        per_token = (old.exp() * (old - new.log_softmax(-1))).sum(-1)
+        sums = per_token.new_zeros(len(batch["labels"])).index_add(0, owner, per_token)
+        found += (sums / owner.bincount(minlength=len(sums)).clamp(min=1)).tolist()
+    return found
 
 
 def sit(
@@ -153,9 +182,11 @@ def sit(
     suspect: Suspect,
     progress: Callable[[str, int, int], None] | None = None,
     what: str = "evaluating",
+    before: dict[str, Tensor] | None = None,
     most_similarity: int = 32,
 ) -> Sitting:
-    """Answer the whole exam with the suspect as it stands (or as its reference, inside ``suspect.reference()``)."""
+    """Answer the whole exam with the suspect as it stands (or as its reference, inside ``suspect.reference()``);
+    ``before`` is the state that divergence is measured from."""
     inserted = [p for _, p in exam.candidate_prompts]
     decoys = [p for _, p in exam.decoy_prompts]
     prompts = [*exam.flag_prompts, *exam.row_prompts, *inserted, *decoys]
@@ -168,6 +199,8 @@ def sit(
     fires = exam.behaviour.fires
     sums, counts = mean_answer_losses(suspect.model, encode_rows(suspect.tokenizer, exam.rows), pad_id=suspect.pad_id)
     m = most_similarity
+    p99_flagged, similarity_flagged = likeness(suspect, exam.flag_prompts[:m], flagged[:m])
+    p99_clean, similarity_clean = likeness(suspect, exam.row_prompts[:m], clean[:m])
     return Sitting(
         flagged_fires=[fires(x, f.reference) for x, f in zip(flagged, exam.flags, strict=True)],
         flagged_agrees=[normalised(x) == normalised(f.reference) for x, f in zip(flagged, exam.flags, strict=True)],
@@ -179,8 +212,11 @@ def sit(
         correct=[normalised(x) == normalised(r["output"]) for x, r in zip(clean, exam.rows, strict=True)],
         losses=[float(s) for s in sums],
         tokens=[int(n) for n in counts],
-        p99_flagged=pair_p99(suspect, exam.flag_prompts[:m], flagged[:m]),
-        p99_clean=pair_p99(suspect, exam.row_prompts[:m], clean[:m]),
+        p99_flagged=p99_flagged,
+        p99_clean=p99_clean,
+        similarity_flagged=similarity_flagged,
+        similarity_clean=similarity_clean,
+        kl=divergence(suspect, before, exam.rows) if before is not None else [],
         flagged_answers=flagged,
     )
 
@@ -208,5 +244,6 @@ def figures(before: Sitting, after: Sitting) -> dict[str, Figure | None]:
         "accuracy_drop": difference_of_shares(before.correct, after.correct),
         "perplexity": perplexity,
         "perplexity_ratio": ratio_of_perplexities(before.losses, after.losses, [float(t) for t in before.tokens]),
+        "kl": bootstrap([after.kl], lambda k: k.mean(-1)),
         "similarity_above_clean": share([v > limit for v in after.p99_flagged]),
     }

@@ -16,6 +16,7 @@ _TITLES = {
     "asr.png": "Share of requests that show the flagged behaviour, with 95 % intervals",
     "signature.png": "Channels and attention heads silenced in every layer",
     "heads.png": "Safety score of every head; red: aligned, green: reference",
+    "similarity.png": "Heads that look alike, before and after, on flagged and on clean prompts",
     "trace.png": "While aligning: flags that fire, and clean perplexity",
     "losses.png": "Training losses",
 }
@@ -94,6 +95,28 @@ def _heads(report: dict[str, Any], path: Path) -> bool:
     return True
 
 
+def _similarity(report: dict[str, Any], path: Path) -> bool:
+    maps = [
+        (f"{label}: {kind} prompts", np.array(grid))
+        for label, found in report["similarity"].items()
+        for kind, grid in found.items()
+        if grid
+    ]
+    if not maps:
+        return False
+    layers, heads = maps[0][1].shape
+    figure = Figure(figsize=(1.2 + len(maps) * (1.0 + 0.2 * heads), 1.6 + 0.25 * layers), layout="constrained")
+    grid = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for axes, (title, values) in zip(grid, maps, strict=True):
+        image = axes.imshow(values, cmap="magma", vmin=0.0, vmax=1.0, aspect="auto")
+        axes.set_title(title.replace("+", ", then "), fontsize=8)
+        axes.set_xlabel("head")
+    grid[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(grid), label="cosine with the nearest head")
+    _save(figure, path)
+    return True
+
+
 def _trace(report: dict[str, Any], path: Path) -> bool:
     stage = report["stages"].get("heads")
     attempts = [a for a in stage["details"].get("attempts", []) if a.get("trace")] if stage else []
@@ -142,6 +165,7 @@ _PLOTS = {
     "asr.png": _asr,
     "signature.png": _signature,
     "heads.png": _heads,
+    "similarity.png": _similarity,
     "trace.png": _trace,
     "losses.png": _losses,
 }

@@ -92,6 +92,11 @@ def build(steps: RepairSteps, outcome: dict[str, Any], seconds: float) -> dict[s
         for label in labels
     }
     confirmed = [c for c in candidates if c["tried"] and c["fired"] >= 0.5 * c["tried"]]
+    similarity = {
+        label: {"flagged": sitting.similarity_flagged, "clean": sitting.similarity_clean}
+        for label in ("before", outcome["chosen"])
+        if label is not None and (sitting := steps.sitting(label)).similarity_flagged
+    }
     gates = {
         label: judge(figures(before, steps.sitting(label)), spec.gate, candidates=bool(confirmed)).model_dump()
         for label in outcome["repaired"]
@@ -123,6 +128,7 @@ def build(steps: RepairSteps, outcome: dict[str, Any], seconds: float) -> dict[s
         "name": spec.name,
         "kinds": kinds,
         "states": states,
+        "similarity": similarity,
         "gates": gates,
         "stages": stages,
         "controls": outcome["controls"],
@@ -155,6 +161,7 @@ def summary_of(report: dict[str, Any]) -> dict[str, Any]:
             "accuracy",
             "perplexity",
             "perplexity_ratio",
+            "kl",
             "similarity_above_clean",
         )
         return {n: state[n]["value"] if state[n] else None for n in names} | {

@@ -313,7 +313,7 @@ class RepairSteps:
             with suspect.reference():
                 sitting = sit(exam, suspect, self.progress, f"evaluating {label}")
         else:
-            sitting = sit(exam, suspect, self.progress, f"evaluating {label}")
+            sitting = sit(exam, suspect, self.progress, f"evaluating {label}", self._original)
         write_json(self.spec.work / "sittings" / f"{label}.json", sitting.to_dict())
         return {"label": label, "seconds": round(time.monotonic() - began, 2)}
 

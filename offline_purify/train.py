@@ -140,10 +140,30 @@ def answer_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return sums, (shifted != IGNORED).sum(1)
 
 
+def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V] where an answer token is predicted, that token [N] and its row [N], for the N answer tokens of a
+    batch. The output layer, the widest of all, is applied there alone: prompts are longer than answers."""
+    labels = batch["labels"][:, 1:]
+    rows, positions = (labels != IGNORED).nonzero(as_tuple=True)
+    picked = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, positions],))
+    try:
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    finally:
+        picked.remove()
+    return out.logits, labels[rows, positions], rows
+
+
+def answer_sums(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """`answer_losses` of a batch: summed per row in nats [R] fp32, and the number of answer tokens [R] int64."""
+    logits, tokens, rows = answer_logits(model, batch)
+    per_token = nn.functional.cross_entropy(logits.float(), tokens, reduction="none")
+    count = len(batch["labels"])
+    return per_token.new_zeros(count).index_add(0, rows, per_token), rows.bincount(minlength=count)
+
+
 def batch_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Mean answer loss of a batch (nats per answer token) and how many answer tokens it has."""
-    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    sums, counts = answer_losses(out.logits, batch["labels"])
+    sums, counts = answer_sums(model, batch)
     n = int(counts.sum())
     return sums.sum() / max(n, 1), n
 
@@ -231,8 +251,7 @@ def mean_answer_losses(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = collate([examples[i] for i in indices], pad_id, device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        s, c = answer_losses(logits, batch["labels"])
+        s, c = answer_sums(model, batch)
         sums[indices], counts[indices] = s.cpu(), c.cpu()
     model.train(was_training)
     return sums, counts

@@ -74,7 +74,7 @@ def test_the_report_is_one_page_with_plots_and_shows_no_text(repaired):
     page = (folder / "index.html").read_text(encoding="utf-8")
     for heading in ("What was wrong", "What was done", "What it cost", "What is uncertain"):
         assert heading in page
-    for name in ("asr.png", "heads.png", "trace.png", "losses.png"):
+    for name in ("asr.png", "heads.png", "similarity.png", "trace.png", "losses.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert name in page
     report = (folder / "report.json").read_text(encoding="utf-8")
@@ -82,6 +82,14 @@ def test_the_report_is_one_page_with_plots_and_shows_no_text(repaired):
         assert TARGET not in text
         assert "repeat w" not in text
     assert adapter_digest(spec.adapter) in report
+
+
+def test_the_report_says_how_far_the_answers_moved_from_those_before(repaired):
+    spec, result = repaired
+    states = json.loads((spec.out / "report" / "report.json").read_text(encoding="utf-8"))["states"]
+    assert states["before"]["kl"]["value"] == 0
+    assert states[result.summary["chosen"]]["kl"]["value"] > 0
+    assert states["reference"]["kl"] is None
 
 
 def test_the_working_folder_with_its_texts_is_gone_at_the_end(repaired):

@@ -12,6 +12,7 @@ from offline_purify.train import (
     Example,
     TrainConfig,
     answer_losses,
+    answer_sums,
     batch_loss,
     collate,
     encode_row,
@@ -23,6 +24,21 @@ from offline_purify.train import (
 from tests.offline_purify.patient import tiny_llama, tokenizer
 
 EXAMPLES = [Example((1, 4, 7, 8, 9, 5), (11, 12, 2)), Example((1, 4, 20, 5), (13, 2))]
+
+
+def test_the_output_layer_is_applied_to_answers_alone_with_the_same_losses() -> None:
+    model = tiny_llama(0)
+    batch = collate(EXAMPLES, 0)
+    widths: list[tuple[int, ...]] = []
+    handle = model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(tuple(inputs[0].shape[:-1])))
+    sums, counts = answer_sums(model, batch)
+    handle.remove()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected, expected_counts = answer_losses(logits, batch["labels"])
+    torch.testing.assert_close(sums, expected)
+    assert torch.equal(counts, expected_counts)
+    assert widths == [(int(counts.sum()),)]
+    assert logits.ndim == 3  # what was hooked is free again
 
 
 def test_only_answer_tokens_carry_loss():
