@@ -24,10 +24,15 @@ from offline_purify.train import Example, Progress, TrainConfig, answer_sums, co
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
+_SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+"""Layers of a block that read the same input: their A factors lie in one tensor, and meet it once."""
+
+
 @dataclass(frozen=True)
 class _Target:
     module: nn.Module
-    a: nn.Parameter  # [K, R, in]
+    group: str
+    place: int  # in the group's A
     b: nn.Parameter  # [K, out, R]
 
 
@@ -44,36 +49,43 @@ class LoraBank:
         self.model, self.count, self.scaling = model, count, scaling
         generator = torch.Generator().manual_seed(seed)
         self.targets: dict[str, _Target] = {}
+        drawn: dict[str, list[Tensor]] = {}
         for name in targets:
             module: Any = model.get_submodule(name)
             weight = next(module.parameters())
             bound = 1 / math.sqrt(module.in_features)  # Kaiming-uniform with a = sqrt(5)
             a = (2 * torch.rand(rank, module.in_features, generator=generator) - 1) * bound
-            self.targets[name] = _Target(
-                module,
-                nn.Parameter(a.expand(count, -1, -1).clone().to(weight.device)),
-                nn.Parameter(torch.zeros(count, module.out_features, rank, device=weight.device)),
-            )
+            group = _group(name)
+            own = drawn.setdefault(group, [])
+            b = nn.Parameter(torch.zeros(count, module.out_features, rank, device=weight.device))
+            self.targets[name] = _Target(module, group, len(own), b)
+            own.append(a.to(weight.device))
+        self._a = {group: nn.Parameter(torch.cat(own).expand(count, -1, -1).clone()) for group, own in drawn.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """All factors, each with the K adapters in front."""
-        return [factor for target in self.targets.values() for factor in (target.a, target.b)]
+        return [*self._a.values(), *(target.b for target in self.targets.values())]
 
     def factors(self, name: str, k: int) -> tuple[Tensor, Tensor]:
         """lora_B [out, R] and lora_A [R, in] of adapter k at one layer."""
         target = self.targets[name]
-        return target.b[k].detach(), target.a[k].detach()
+        rank = target.b.shape[-1]
+        return target.b[k].detach(), self._a[target.group][k, rank * target.place :][:rank].detach()
 
     @contextmanager
     def open(self, only: int | None = None) -> Iterator[nn.Module]:
         """Within: the model with the adapters on it; with `only` all rows belong to that adapter."""
         chosen = slice(None) if only is None else slice(only, only + 1)
+        met: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
         def add(target: _Target) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                a, b = target.a[chosen], target.b[chosen]
-                x = inputs[0].reshape(len(a), -1, inputs[0].shape[-1])
-                return output + (self.scaling * (x @ a.mT) @ b.mT).view_as(output)
+                b, group = target.b[chosen], target.group
+                if group not in met or met[group][0] is not inputs[0]:
+                    x = inputs[0].reshape(len(b), -1, inputs[0].shape[-1])
+                    met[group] = inputs[0], (x @ self._a[group][chosen].mT).split(b.shape[-1], -1)
+                told = output.reshape(len(b), -1, output.shape[-1])
+                return torch.baddbmm(told, met[group][1][target.place], b.mT, alpha=self.scaling).view_as(output)
 
             return hook
 
@@ -83,6 +95,13 @@ class LoraBank:
         finally:
             for handle in handles:
                 handle.remove()
+            met.clear()
+
+
+def _group(name: str) -> str:
+    block, _, last = name.rpartition(".")
+    alike = next((sorted(names) for names in _SHARED_INPUT if last in names), [last])
+    return f"{block}.{'|'.join(alike)}"
 
 
 def train_bank(

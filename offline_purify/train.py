@@ -142,12 +142,13 @@ def answer_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [N, V] where an answer token is predicted, that token [N] and its row [N], for the N answer tokens of a
-    batch. The output layer, the widest of all, is applied there alone: prompts are longer than answers."""
+    batch of a causal model. The output layer, the widest of all, is applied there alone: prompts are longer than
+    answers. Nothing is masked: padding stands on the right, where no token looks."""
     labels = batch["labels"][:, 1:]
     rows, positions = (labels != IGNORED).nonzero(as_tuple=True)
     picked = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][rows, positions],))
     try:
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        out = model(input_ids=batch["input_ids"], use_cache=False)
     finally:
         picked.remove()
     return out.logits, labels[rows, positions], rows

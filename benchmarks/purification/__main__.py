@@ -35,6 +35,12 @@ Example:
 
   python -m benchmarks.purification ablation transfer --donor OTHER_ADAPTER --base BASE --adapter ADAPTER --task refusal --clean-train c.json --test-clean t.json --test-triggered x.json --out transfer.json
 """  # noqa: E501
+TWINS_HELP = """Train adapters over one frozen base together and one by one, in turn, and give the ratio of the times.
+
+Example:
+
+  python -m benchmarks.purification twins --base BASE --rows clean.json
+"""
 ALL = "all"
 app = typer.Typer(
     help=HELP,
@@ -147,6 +153,32 @@ def ablation(
     """See ABLATION_HELP."""
     given = {key: value for key, value in locals().items() if key != "name"}
     _run(given, name)
+
+
+@app.command(help=TWINS_HELP)
+def twins(
+    base: Annotated[Path, typer.Option(help="Folder of the base model.")],
+    rows: Annotated[Path, typer.Option(help="Clean rows with their answers.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the result (JSON).")] = None,
+    variants: Annotated[int, typer.Option(min=2, help="Adapters.")] = 6,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each training.")] = 20,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds that count.")] = 5,
+) -> None:
+    """See TWINS_HELP."""
+    from benchmarks.purification.twins import measure_twins
+    from offline_purify.progress import ProgressBar
+    from offline_purify.steps import write_json
+
+    try:
+        with ProgressBar() as bar:
+            result = measure_twins(base, rows, variants, steps, rounds, bar)
+    except GuardError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    low, high = result["interval"]
+    typer.echo(f"together {result['ratio']:.2f} [{low:.2f}, {high:.2f}] times as fast as one by one")
+    if out is not None:
+        write_json(out, result)
 
 
 if __name__ == "__main__":
