@@ -117,13 +117,15 @@ def _measure_seed(
     attempt = Attempt(material, budget, config, given.donors)
     for name, method in methods.items():
         suspect = Suspect.open(given.base, given.adapter, device=given.device)  # a baseline may change the base
-        began = time.monotonic()
+        began, known = time.monotonic(), attempt.found is not None
         try:
             outcome = method(suspect, attempt)
         except GuardError as error:
             outcome, reading = Outcome(reason=str(error)), None
         else:
             seconds = time.monotonic() - began
+            found_now = attempt.found is not None and not known
+            seconds += attempt.finding_s * (outcome.searched - found_now)  # found once; each that needs it pays
             reading = _read(suspect, outcome, tests, inputs, targets, limit, progress)
         told: dict[str, Any] = {"reason": outcome.reason, "details": outcome.details}
         if reading is not None:

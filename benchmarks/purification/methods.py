@@ -6,6 +6,7 @@ ours look at the case's flags. The signature is found once per seed and shared b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,22 +43,26 @@ class Attempt:
     config: SignatureConfig
     donors: tuple[Path, ...] = ()
     found: Signature | None = None
+    finding_s: float = 0.0
 
     def signature(self, suspect: Suspect) -> Signature:
         """The signature of the suspicious adapter, which ``suspect`` must still hold."""
         if self.found is None:
+            began = time.monotonic()
             self.found = find_signature(suspect, self.material, self.config.search)
+            self.finding_s = time.monotonic() - began
         return self.found
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method did: details for the result file, why it changed nothing (None: it did), and how answers are
-    decoded where that is not the model's own greedy way."""
+    """What a method did: details for the result file, why it changed nothing (None: it did), how answers are decoded
+    where that is not the model's own greedy way, and whether the search for the signature is part of its price."""
 
     details: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     answers: Answers | None = None
+    searched: bool = False
 
 
 Method = Callable[[Suspect, Attempt], Outcome]
@@ -74,7 +79,7 @@ def silenced(choice: Choice, ratio: float | None = None, **changes: Any) -> Meth
         signature = attempt.signature(suspect)
         config = replace(attempt.config, choice=choice, **changes)
         told = silence(suspect, attempt.material, config, signature, ratio or attempt.budget.ratio)
-        return Outcome({**signature.told, **told})
+        return Outcome({**signature.told, **told}, searched=choice not in ("random", "none"))
 
     return method
 
@@ -96,7 +101,7 @@ def _after(choice: Choice, *stages: Callable[[Suspect, Material], StageResult]) 
 
     def method(suspect: Suspect, attempt: Attempt) -> Outcome:
         channels, staged = first(suspect, attempt), then(suspect, attempt)
-        return Outcome({choice: channels.details, **staged.details}, staged.reason)
+        return Outcome({choice: channels.details, **staged.details}, staged.reason, searched=channels.searched)
 
     return method
 
