@@ -41,7 +41,7 @@ class TwinConfig:
     rows: int = 500
     rank: int = 8
     training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, lr=2e-3, batch_size=16))
-    least_steps: int = 150
+    least_steps: int = 300
     match_steps: bool = False
     tried: int = 30
     learnt: float = 0.8
