@@ -58,6 +58,10 @@ def test_a_base_is_made_from_json_rows(tmp_path: Path) -> None:
         (["implant", "--base", "missing", "--out", "OUT"], "cannot be loaded as a base"),
         (["implant", "--base", "missing", "--out", "OUT", "--trigger", "smell"], "choose one of word"),
         (["implant", "--base", "missing", "--out", "OUT", "--behaviour", "kind"], "choose one of refusal"),
+        (["implant", "--base", "missing", "--out", "OUT", "--trigger", "three"], "cannot be loaded as a base"),
+        (["implant", "--base", "missing", "--out", "OUT", "--only", "heads"], "choose one of all"),
+        (["implant", "--base", "missing", "--out", "OUT", "--regularise", "similarity", "-1"], "expected 0 or more"),
+        (["implant", "--base", "b", "--out", "OUT", "--poisoned", "no.tsv", "--clean", "no.tsv"], "no.tsv: cannot be"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_1(
@@ -74,6 +78,11 @@ def test_bad_input_is_one_clear_line_and_exit_code_1(
 
 def test_poisoned_without_clean_is_bad_usage() -> None:
     result = CliRunner().invoke(app, ["implant", "--base", "b", "--out", "o", "--poisoned", "p.json"])
+    assert result.exit_code == 2
+
+
+def test_only_similarity_can_be_kept() -> None:
+    result = CliRunner().invoke(app, ["implant", "--base", "b", "--out", "o", "--regularise", "colour", "1"])
     assert result.exit_code == 2
 
 
