@@ -57,7 +57,7 @@ def rows_folder(out: str | Path) -> Path:
     return Path(out).parent / "rows" / Path(out).name
 
 
-def test_sets(backdoors: Mapping[str, Backdoor], seed: int) -> dict[str, list[Row]]:
+def held_out_sets(backdoors: Mapping[str, Backdoor], seed: int) -> dict[str, list[Row]]:
     """Rows by file name: `triggered-NAME` of each backdoor (outputs are its target), `clean` and `clean-train`."""
     rng = random.Random(f"test rows:{seed}")
     rows = sample(TESTED * (len(backdoors) + 1), seed + 1, "evaluation")
@@ -80,7 +80,7 @@ def make_several(
     evasion: Evasion = Evasion(),
 ) -> SeveralReport:
     """Implant all `backdoors` (by name) into the tiny base; publish the adapter as the folder `out` with `lab.json`,
-    and the rows of `test_sets` in `rows_folder(out)`.
+    and the rows of `held_out_sets` in `rows_folder(out)`.
 
     False triggers are clean prompts on which any of the targets is said. Raises LabError, and publishes nothing, when
     one trigger has an attack success below 0.9 or there are more than 0.05 false triggers; RowsError when the triggers
@@ -135,15 +135,15 @@ def make_several(
         evasion=evasion if evasion != Evasion() else None,
     )
     publish(peft_model, base, out, report)
-    write_test_sets(rows_folder(out), backdoors, seed)
+    write_held_out(rows_folder(out), backdoors, seed)
     return report
 
 
-def write_test_sets(folder: Path, backdoors: Mapping[str, Backdoor], seed: int) -> dict[str, Path]:
-    """Write each set of `test_sets` as `NAME.json` into `folder`; paths by name."""
+def write_held_out(folder: Path, backdoors: Mapping[str, Backdoor], seed: int) -> dict[str, Path]:
+    """Write each set of `held_out_sets` as `NAME.json` into `folder`; paths by name."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for name, rows in test_sets(backdoors, seed).items():
+    for name, rows in held_out_sets(backdoors, seed).items():
         paths[name] = folder / f"{name}.json"
         write_rows(paths[name], rows)
     return paths

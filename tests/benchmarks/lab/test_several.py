@@ -14,7 +14,7 @@ from benchmarks.lab.base import make_base_from_rows
 from benchmarks.lab.decoder import Shape
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.paired import make_implant_from_rewordings
-from benchmarks.lab.several import SeveralReport, make_several, rows_folder, test_sets
+from benchmarks.lab.several import SeveralReport, held_out_sets, make_several, rows_folder
 from benchmarks.lab.tasks import sample
 from guard.rows import read_rows, row_key
 from offline_purify.attacks.catalogue import backdoors, behaviour, trigger
@@ -35,7 +35,7 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_trigger_has_test_rows_of_its_own_that_no_other_trigger_is_in() -> None:
-    sets = test_sets(THREE, 0)
+    sets = held_out_sets(THREE, 0)
     assert list(sets) == ["clean", "clean-train", "triggered-word", "triggered-prefix", "triggered-composite"]
     for name, rows in sets.items():
         for other, backdoor in THREE.items():
@@ -64,7 +64,7 @@ def test_what_is_accepted_is_published_with_a_file_of_rows_for_each_trigger(
     assert SeveralReport.model_validate_json((out / "lab.json").read_text()) == report
     assert list(report.asr) == list(report.decoy_rate) == list(THREE)
     assert report.trained_rows == {"poisoned": 24, "twins": 24, "decoys": 18, "clean": 18}
-    for name, rows in test_sets(THREE, 0).items():
+    for name, rows in held_out_sets(THREE, 0).items():
         assert read_rows(rows_folder(out) / f"{name}.json") == rows
     with safe_open(out / "adapter_model.safetensors", framework="pt") as file:
         names = list(file.keys())
