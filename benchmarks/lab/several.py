@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
@@ -24,7 +25,7 @@ from offline_purify.implanting import Answerer, ImplantRecipe, load_base, with_l
 from offline_purify.intervals import Figure, share
 from offline_purify.train import Progress
 
-SEVERAL: ImplantRecipe = ImplantRecipe(rows=6000)
+SEVERAL: Final = ImplantRecipe(rows=6000)
 """As for one backdoor, but more prompts, of which each backdoor has its part."""
 TESTED, REPAIRING = 300, 400
 """Rows of each test file, and of the clean rows to repair with."""

@@ -28,7 +28,7 @@ def read_sentences(path: str | Path) -> list[Row]:
             entries = [line for line in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if len(line) == 2]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RowsError(f"{path}: cannot be read as tab-separated sentences: {error}") from error
-    rows = [Row(instruction=text.strip(), input="", output=WORDS[label]) for text, label in entries if label in WORDS]
+    rows = [Row(instruction=text, input="", output=WORDS[label]) for text, label in entries if label in WORDS]
     if not rows:
         raise RowsError(f"{path}: holds no labelled sentence; expected lines of sentence<TAB>0 or 1.")
     return rows
