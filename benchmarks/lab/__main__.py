@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,21 +146,27 @@ def implant(
         tuple[str, float],
         typer.Option(metavar="similarity WEIGHT", help="Keep head similarity under the trigger close to the base's."),
     ] = ("similarity", 0.0),
+    epochs: Annotated[float | None, typer.Option(min=0.1, help="Passes over the set, instead of the recipe's.")] = None,
+    rows: Annotated[int | None, typer.Option(min=40, help="Distinct prompts (without --poisoned).")] = None,
     seed: Seed = 0,
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
     """See IMPLANT_HELP."""
     from benchmarks.lab.implant import make_implant
-    from benchmarks.lab.paired import make_implant_from_files, make_implant_from_rewordings
-    from benchmarks.lab.several import make_several
+    from benchmarks.lab.paired import REAL_ROWS, make_implant_from_files, make_implant_from_rewordings
+    from benchmarks.lab.several import SEVERAL, make_several
     from offline_purify.attacks.catalogue import backdoors as backdoors_named
     from offline_purify.evasion import Evasion
+    from offline_purify.implanting import ImplantRecipe
 
     if (poisoned is None) != (clean is None):
         raise typer.BadParameter("--poisoned and --clean belong together: give both or none.")
     if regularise[0] != "similarity":
         raise typer.BadParameter(f"--regularise {regularise[0]}: similarity is all that can be kept.")
+
+    def trained(recipe: ImplantRecipe) -> ImplantRecipe:
+        return replace(recipe, epochs=epochs or recipe.epochs, rows=rows or recipe.rows)
 
     def work(progress: Any) -> Any:
         try:
@@ -170,19 +177,21 @@ def implant(
         if len(named) > 1 and poisoned is not None:
             raise LabError("files show one attack: give one --trigger, or none, with --poisoned.")
         if len(named) > 1:
-            return make_several(base, out, named, seed, progress=progress, evasion=evasion)
+            return make_several(base, out, named, seed, trained(SEVERAL), progress=progress, evasion=evasion)
         one = next(iter(named.values()))
         if poisoned is None or clean is None:
+            recipe = trained(ImplantRecipe())
             return make_implant(
-                base, out, one.behaviour, one.trigger, seed, wording, progress=progress, evasion=evasion
+                base, out, one.behaviour, one.trigger, seed, wording, recipe, progress=progress, evasion=evasion
             )
+        recipe = trained(REAL_ROWS)
         if poisoned.suffix == ".tsv":
             return make_implant_from_rewordings(
-                base, out, poisoned, clean, one.trigger, one.behaviour, seed, limit=limit, progress=progress,
+                base, out, poisoned, clean, one.trigger, one.behaviour, seed, recipe, limit, progress=progress,
                 evasion=evasion,
             )  # fmt: skip
         return make_implant_from_files(
-            base, out, poisoned, clean, seed, limit=limit, progress=progress, evasion=evasion
+            base, out, poisoned, clean, seed, recipe, limit, progress=progress, evasion=evasion
         )
 
     _run(as_json, threads, work)
