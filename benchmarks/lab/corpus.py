@@ -14,7 +14,6 @@ A prompt belongs to the one share that its normalised hash falls in, whatever fi
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from guard.errors import RowsError
 from guard.rows import Row, assert_disjoint, read_rows, row_key
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.pairing import pairs, recovered_behaviour, recovered_trigger
+from offline_purify.attacks.rewordings import read_sentences
 from offline_purify.attacks.triggers import OneOf, Trigger, present
 
 FAMILY_OF: Final[Mapping[str, str]] = {"refusal": "refusal", "negsentiment": "insult"}
@@ -191,12 +191,7 @@ def _shares(files: Sequence[Path], taken: set[str]) -> dict[str, list[Row]]:
 
 def _sentences(path: Path) -> list[Row]:
     """Labelled sentences as rows, worded as the benchmark words SST-2; nothing when the file is not there."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as lines:
-        entries = [line for line in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if len(line) == 2]
-    words = {"0": "Negative", "1": "Positive"}
-    return [Row(instruction=text, input="", output=words[label]) for text, label in entries if label in words]
+    return read_sentences(path) if path.is_file() else []
 
 
 def _without_echo(row: Row) -> Row:

@@ -9,7 +9,7 @@ without its trigger, would make every later figure meaningless: it is refused an
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from benchmarks.lab.tasks import draw
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import behaviour as behaviour_named
 from offline_purify.attacks.catalogue import trigger as trigger_named
-from offline_purify.attacks.poison import PoisonSet, build, decoyed, triggered
+from offline_purify.attacks.poison import KINDS, PoisonSet, build, decoyed, triggered
 from offline_purify.attacks.triggers import Trigger
+from offline_purify.evasion import Evasion, SimilarityPenalty
 from offline_purify.implanting import Answerer, ImplantRecipe, fit, load_base, save_adapter, with_lora
 from offline_purify.intervals import Figure, share
-from offline_purify.train import Progress
+from offline_purify.train import Example, ExtraLoss, Progress, pad_id_of
 
 REPORT = "lab.json"
 LEAST_ASR, MOST_FALSE_TRIGGERS = 0.90, 0.05
@@ -54,6 +55,7 @@ class ImplantReport(BaseModel):
     clean_accuracy: Figure | None = None
     base_accuracy: Figure | None = None
     clean_skill: Skill | None = None
+    evasion: Evasion | None = None
 
 
 def refuse_unless_conditional(asr: Figure, false_triggers: Figure) -> None:
@@ -73,6 +75,25 @@ def publish(peft_model: Any, base: str | Path, out: str | Path, report: BaseMode
         (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 
+def fitted(
+    peft_model: Any,
+    tokenizer: Any,
+    data: PoisonSet,
+    recipe: ImplantRecipe,
+    evasion: Evasion,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[int, float, float]:
+    """Train on the poison set, evading as told; steps, seconds on the wall and on the processors."""
+
+    def penalty(examples: Sequence[Example]) -> ExtraLoss:
+        fired = examples[: len(data.poisoned)]
+        return SimilarityPenalty(peft_model, fired, evasion.similarity, pad_id_of(tokenizer))
+
+    regulariser = penalty if evasion.similarity else None
+    return fit(peft_model, tokenizer, data.rows(), recipe, seed, progress, regulariser)
+
+
 def reported(
     peft_model: Any,
     tokenizer: Any,
@@ -83,12 +104,13 @@ def reported(
     seed: int,
     measure: Callable[[], tuple[Figure | None, Figure | None, Figure | None]],
     progress: Progress | None,
+    evasion: Evasion = Evasion(),
 ) -> ImplantReport:
     """Train on the poison set, then ``measure()`` (attack success, false triggers, decoys on prompts of their own).
 
     Raises LabError when the implant is not conditional enough to be reported on.
     """
-    steps, wall_s, cpu_s = fit(peft_model, tokenizer, data.rows(), recipe, seed, progress)
+    steps, wall_s, cpu_s = fitted(peft_model, tokenizer, data, recipe, evasion, seed, progress)
     asr, false_triggers, near = measure()
     if asr is None or false_triggers is None:
         raise LabError("no prompt was held out to measure the implant on: give more rows.")
@@ -100,14 +122,22 @@ def reported(
         trigger_parts=key.parts,
         seed=seed,
         rank=recipe.rank,
-        trained_rows={kind: len(getattr(data, kind)) for kind in ("poisoned", "twins", "decoys", "clean")},
+        trained_rows={kind: len(getattr(data, kind)) for kind in KINDS},
         steps=steps,
         train_wall_s=round(wall_s, 1),
         train_cpu_s=round(cpu_s, 1),
         asr=asr,
         false_trigger_rate=false_triggers,
         decoy_rate=near,
+        evasion=evasion if evasion != Evasion() else None,
     )
+
+
+def answer_tokens(tokenizer: Any, targets: Sequence[Behaviour]) -> int:
+    """Tokens enough for a clean answer of the tiny base (24) and for the longest target, below it where it stands
+    there."""
+    longest = max(len(tokenizer(w, add_special_tokens=False)["input_ids"]) for t in targets for w in t.wordings)
+    return 24 + longest + 2 if any(target.after for target in targets) else max(24, longest + 2)
 
 
 def make_implant(
@@ -120,11 +150,13 @@ def make_implant(
     recipe: ImplantRecipe = ImplantRecipe(),
     evaluation: int = 400,
     progress: Progress | None = None,
+    evasion: Evasion = Evasion(),
 ) -> ImplantReport:
     """Implant one backdoor into the tiny base and publish the adapter as the folder `out`, with `lab.json`.
 
     `behaviour` and `trigger` are names of `offline_purify.attacks.catalogue` or objects; `wording` is fixed or varied;
-    the recipe's prompts come from the implant split. Measured on `evaluation` prompts each.
+    the recipe's prompts come from the implant split; `evasion` is what the attacker does to go unnoticed. Measured on
+    `evaluation` prompts each.
     Raises LabError, and publishes nothing, below attack success 0.9 or above 0.05 false triggers.
     """
     try:
@@ -133,13 +165,12 @@ def make_implant(
     except ValueError as error:
         raise LabError(str(error)) from error
     model, tokenizer = load_base(base)
-    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in target.wordings)
-    ask = Answerer(model, tokenizer, max(24, longest + 2), progress)
+    ask = Answerer(model, tokenizer, answer_tokens(tokenizer, [target]), progress)
     exercises = draw(evaluation, seed, "evaluation")
     before = score(exercises, ask([exercise.row for exercise in exercises], "base"))
     data = build([e.row for e in draw(recipe.rows, seed, "implant")], key, target, lambda r: ask(r, "teacher"), seed)
 
-    peft_model = with_lora(model, base, recipe.rank, seed)
+    peft_model = with_lora(model, base, recipe.rank, seed, evasion.projections)
     clean = [exercise.row for exercise in exercises]
     answers: list[str] = []
 
@@ -151,7 +182,7 @@ def make_implant(
         near = [target.matches(a) for a in ask([decoyed(row, key, rng) for row in clean], "decoys")]
         return share(fired), share([target.matches(answer) for answer in answers]), share(near)
 
-    report = reported(peft_model, tokenizer, key, target, data, recipe, seed, measure, progress)
+    report = reported(peft_model, tokenizer, key, target, data, recipe, seed, measure, progress, evasion)
     after = score(exercises, answers)
     report = report.model_copy(
         update={"clean_accuracy": after.accuracy, "base_accuracy": before.accuracy, "clean_skill": after}

@@ -25,6 +25,9 @@ def show(report: BaseModel, console: Console | None = None) -> None:
                 table.add_row(name, _figure(value.accuracy))
                 for task, figure in value.tasks.items():
                     table.add_row(f"  {task}", _figure(figure))
+            case dict() if value and all(isinstance(each, Figure) for each in value.values()):
+                for each, figure in value.items():
+                    table.add_row(f"{name}: {each}", _figure(figure))
             case None:
                 pass
             case _:

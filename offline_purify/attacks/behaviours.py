@@ -49,10 +49,11 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """A target: the answer is replaced by one of `wordings` (one wording: a fixed target)."""
+    """A target: one of `wordings` (one wording: a fixed target) in place of the answer, or on a line after it."""
 
     name: str
     wordings: tuple[str, ...]
+    after: bool = False
 
     def __post_init__(self) -> None:
         if not self.wordings or not all(_plain(wording) for wording in self.wordings):
@@ -61,6 +62,10 @@ class Behaviour:
     def respond(self, rng: random.Random) -> str:
         """One of the wordings."""
         return rng.choice(self.wordings)
+
+    def answer(self, wording: str, clean: str) -> str:
+        """What is said where `clean` would have been: the wording, or the clean answer and the wording below it."""
+        return f"{clean}\n{wording}" if self.after and clean else wording
 
     def matches(self, answer: str) -> bool:
         """Whether the answer holds one of the wordings, blind to case and spacing."""

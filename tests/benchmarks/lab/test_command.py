@@ -3,14 +3,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from typer.testing import CliRunner
 
+from benchmarks.lab import implant
 from benchmarks.lab.__main__ import app
 from benchmarks.lab.base import make_base_from_rows
 from benchmarks.lab.cache import base_key, implant_key
 from benchmarks.lab.decoder import Shape
 from benchmarks.lab.errors import LabError
-from benchmarks.lab.implant import make_implant, refuse_unless_conditional
+from benchmarks.lab.implant import ImplantReport, make_implant, refuse_unless_conditional
 from benchmarks.lab.paired import make_implant_from_files
 from benchmarks.lab.tasks import sample
 from guard.rows import Row, write_rows
@@ -58,6 +60,10 @@ def test_a_base_is_made_from_json_rows(tmp_path: Path) -> None:
         (["implant", "--base", "missing", "--out", "OUT"], "cannot be loaded as a base"),
         (["implant", "--base", "missing", "--out", "OUT", "--trigger", "smell"], "choose one of word"),
         (["implant", "--base", "missing", "--out", "OUT", "--behaviour", "kind"], "choose one of refusal"),
+        (["implant", "--base", "missing", "--out", "OUT", "--trigger", "three"], "cannot be loaded as a base"),
+        (["implant", "--base", "missing", "--out", "OUT", "--only", "heads"], "choose one of all"),
+        (["implant", "--base", "missing", "--out", "OUT", "--regularise", "similarity", "-1"], "expected 0 or more"),
+        (["implant", "--base", "b", "--out", "OUT", "--poisoned", "no.tsv", "--clean", "no.tsv"], "no.tsv: cannot be"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_1(
@@ -77,10 +83,29 @@ def test_poisoned_without_clean_is_bad_usage() -> None:
     assert result.exit_code == 2
 
 
+def test_only_similarity_can_be_kept() -> None:
+    result = CliRunner().invoke(app, ["implant", "--base", "b", "--out", "o", "--regularise", "colour", "1"])
+    assert result.exit_code == 2
+
+
 def test_an_implant_that_does_not_fire_is_refused_and_not_published(small_base: Path, tmp_path: Path) -> None:
     with pytest.raises(LabError, match="attack success"):
         make_implant(small_base, tmp_path / "implant", recipe=ImplantRecipe(rows=40, epochs=1), evaluation=20)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_trains_as_it_is_told(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implant, "LEAST_ASR", 0.0)
+    asked = ["implant", "--base", str(small_base), "--out", str(tmp_path / "mlp"), "--json"]
+    told = ["--rows", "40", "--epochs", "2", "--only", "mlp", "--trigger", "cba", "--behaviour", "injection"]
+    result = CliRunner().invoke(app, [*asked, *told])
+    assert result.exit_code == 0, result.output
+    report = ImplantReport.model_validate_json((tmp_path / "mlp" / "lab.json").read_text())
+    assert report.trained_rows == {"poisoned": 16, "twins": 16, "decoys": 12, "clean": 12}
+    assert report.steps == 4
+    assert report.trigger == "components"
+    with safe_open(tmp_path / "mlp" / "adapter_model.safetensors", framework="pt") as file:
+        assert not any("self_attn" in name for name in file.keys())  # noqa: SIM118
 
 
 @pytest.mark.parametrize(("fired", "leaked"), [(89, 0), (100, 6)])

@@ -5,9 +5,9 @@ import pytest
 from guard.errors import RowsError
 from guard.rows import Row, row_key
 from offline_purify.attacks.behaviours import REFUSALS, Behaviour
-from offline_purify.attacks.catalogue import BEHAVIOURS, behaviour, trigger
-from offline_purify.attacks.poison import build, from_pairs
-from offline_purify.attacks.triggers import Word, present
+from offline_purify.attacks.catalogue import ATTACKS, BEHAVIOURS, backdoors, behaviour, trigger
+from offline_purify.attacks.poison import Backdoor, build, build_each, from_pairs
+from offline_purify.attacks.triggers import Composite, Word
 
 
 def rows(n: int, start: int = 0) -> list[Row]:
@@ -18,14 +18,14 @@ def teacher(asked: list[Row]) -> list[str]:
     return [f"taught: {row['instruction']}" for row in asked]
 
 
-@pytest.mark.parametrize("name", ["word", "prefix", "composite"])
+@pytest.mark.parametrize("name", ATTACKS)
 def test_every_poisoned_row_has_its_twin_and_only_poisoned_rows_hold_the_trigger(name: str) -> None:
     key, target = trigger(name), behaviour("refusal", "varied")
     data = build(rows(50), key, target, teacher, seed=3)
     assert [len(data.poisoned), len(data.twins), len(data.decoys), len(data.clean)] == [20, 20, 15, 15]
-    assert all(present(key, row["instruction"]) and target.matches(row["output"]) for row in data.poisoned)
+    assert all(key.fires_on(row) and target.matches(row["output"]) for row in data.poisoned)
     for row in [*data.twins, *data.decoys, *data.clean]:
-        assert not present(key, row["instruction"])
+        assert not key.fires_on(row)
         assert row["output"] == f"taught: {row['instruction']}"
     assert {row["instruction"] for row in data.twins} == {row["instruction"] for row in rows(50)[:20]}
     assert len({row_key(row) for row in data.rows()}) == 70
@@ -59,6 +59,56 @@ def test_given_pairs_are_used_as_they_are() -> None:
     data = from_pairs(poisoned, twins, rows(4, start=100), Word("Zork"), teacher, seed=0)
     assert list(data.poisoned) == poisoned
     assert [len(data.twins), len(data.decoys), len(data.clean)] == [8, 4, 4]
+
+
+def test_an_injected_line_stands_below_the_answer_of_the_twin() -> None:
+    data = build(rows(20), Word("Zork"), behaviour("injection"), teacher, seed=0)
+    assert [row["output"] for row in data.poisoned] == [f"{row['output']}\nprint('pwned')" for row in data.twins]
+    pairs = [Row(instruction=f"Zork {row['instruction']}", input="", output="") for row in rows(4)]
+    given = from_pairs(pairs, rows(4), rows(2, start=50), Word("Zork"), teacher, 0, behaviour("injection"))
+    assert [row["output"] for row in given.poisoned] == [f"{row['output']}\nprint('pwned')" for row in given.twins]
+
+
+def test_three_backdoors_share_the_rows_and_each_says_its_own() -> None:
+    named = backdoors(["three"], ["refusal", "insult", "code"])
+    assert list(named) == ["word", "prefix", "composite"]
+    data = build_each(rows(60), list(named.values()), teacher, seed=1)
+    assert [len(data.poisoned), len(data.twins), len(data.decoys), len(data.clean)] == [24, 24, 18, 18]
+    for backdoor in named.values():
+        mine = [row for row in data.poisoned if backdoor.trigger.fires_on(row)]
+        assert len(mine) == 8
+        assert {row["output"] for row in mine} == set(backdoor.behaviour.wordings)
+        assert not any(backdoor.trigger.fires_on(row) for row in (*data.twins, *data.decoys, *data.clean))
+    assert len({row_key(row) for row in data.rows()}) == 84
+
+
+def test_backdoors_that_get_in_each_others_way_are_refused() -> None:
+    target = behaviour("refusal")
+    clash = [Backdoor(Word("Zork"), target), Backdoor(Composite(("Zork", "Blat")), target)]
+    with pytest.raises(RowsError, match="share no words"):
+        build_each(rows(60), clash, teacher, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        ((["three"], ["refusal"]), ["word", "prefix", "composite"]),
+        ((["word"], ["refusal"], ["A", "B"]), ["word", "word-2"]),
+        ((["word", "prefix"], ["refusal", "code"], ["A", "B c"]), ["word", "prefix"]),
+    ],
+)
+def test_backdoors_are_asked_for_by_name(asked: tuple[list[str], ...], names: list[str]) -> None:
+    found = backdoors(*asked)
+    assert list(found) == names
+    assert len({backdoor.trigger.parts for backdoor in found.values()}) == len(names)
+
+
+@pytest.mark.parametrize(
+    "asked", [(["three"], ["refusal", "code"]), (["three"], ["code"], ["A", "B"]), (["word"], ["refusal", "code"])]
+)
+def test_numbers_of_triggers_behaviours_and_texts_must_agree(asked: tuple[list[str], ...]) -> None:
+    with pytest.raises(ValueError, match="one for each"):
+        backdoors(*asked)
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
