@@ -1,7 +1,7 @@
-"""What a repair stage is: a function (suspect, material) -> result that changes the suspect's adapter or leaves it.
+"""What a repair stage is: a function (suspect, material) -> result that changes the suspect's weights or leaves them.
 
 A stage gets everything it may look at in one frozen object (flags and clean rows to *train* on; held-out flags and
-evaluation rows are not in it), changes the adapter's weights in place when it succeeds, and puts them back when it does
+evaluation rows are not in it), changes the suspect's weights in place when it succeeds, and puts them back when it does
 not. New methods join by adding a function to the registry in ``purify``.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from guard.rows import Row
 from offline_purify.behaviour import FlaggedBehaviour
@@ -19,11 +19,24 @@ from offline_purify.flags import Flag
 if TYPE_CHECKING:
     from offline_purify.suspect import Suspect
 
+Setting = Literal["adapter", "full"]
+"""What a repair changes: a LoRA adapter over a frozen base, or a whole model's own weights."""
+References = Literal["trusted", "own", "none"]
+"""Who answered flags for reference: a model that is trusted, the suspect itself without the trigger, or nobody."""
+FULL_LR = 1e-4
+"""Adam's rate for a whole model's weights. LoRA's 2e-4 reaches a weight as a product of two small factors; as a step of
+each weight it is twice the reason that the paper's 1e-5 for 7B models is far less. Small models need more than that."""
+
+NO_REFERENCE = (
+    "no reference at all: no trusted model was given, and taking trigger candidates or focus words out of the flagged "
+    "prompts gave no other answers"
+)
+
 
 @dataclass(frozen=True)
 class Material:
     """What a stage may learn from: flags (answered and sorted), trigger candidates, clean rows of the training
-    split."""
+    split, and whose answers the flags' references are."""
 
     flags: tuple[Flag, ...]
     behaviour: FlaggedBehaviour
@@ -32,6 +45,7 @@ class Material:
     seed: int
     max_new_tokens: int
     progress: Callable[[str, int, int], None] | None = None
+    references: References = "trusted"
 
     @property
     def true_flags(self) -> list[Flag]:
@@ -41,7 +55,7 @@ class Material:
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage ended: ``ok`` with the adapter changed, or not ok with the reason and the adapter as it was.
+    """How a stage ended: ``ok`` with the suspect changed, or not ok with the reason and the suspect as it was.
 
     ``details`` is JSON-able and holds no prompt or answer text: it goes into the report.
     """

@@ -42,6 +42,12 @@ def main(
     rows: Annotated[int, typer.Option(min=20, help="Clean rows that a method may train on.")] = 200,
     ratio: Annotated[float, typer.Option(help="Share of channels or entries that is taken away.")] = 0.35,
     heads: Annotated[float, typer.Option(help="Share of attention heads that the signature takes with them.")] = 0.0,
+    setting: Annotated[
+        str, typer.Option(help="adapter, or full: the adapter is merged and the whole model repaired, without a base.")
+    ] = "adapter",
+    reference: Annotated[
+        Path | None, typer.Option(help="With full: folder of a model that is trusted. Default: nobody is.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs, each with its own case and draws.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -70,6 +76,8 @@ def main(
             heads,
             seeds,
             device,
+            setting,  # type: ignore[arg-type]
+            reference,
         )
         with ProgressBar() as bar:
             result = run(given, out, bar)

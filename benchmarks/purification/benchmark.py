@@ -1,10 +1,12 @@
-"""One run: every method on a fresh copy of the suspicious adapter, measured on prompts that none of them has seen."""
+"""One run: every method on a fresh copy of the suspect, measured on prompts that none of them has seen."""
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from offline_purify.answers import greedy_answers
 from offline_purify.baselines.budget import Budget
 from offline_purify.evaluation import normalised
 from offline_purify.flags import Flag, behaviour_of, sort_flags
+from offline_purify.full_model import merge_adapter, open_model
 from offline_purify.intervals import Figure, bootstrap, difference_of_shares, ratio_of_perplexities, share
 from offline_purify.signature.stage import SignatureConfig
 from offline_purify.stage import Material
+from offline_purify.standin import stand_in
 from offline_purify.steps import read_json, write_json
 from offline_purify.suspect import Suspect
 from offline_purify.train import encode_rows, mean_answer_losses
@@ -35,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What one state of the adapter does: behaviour shown per triggered and clean prompt, right answers, and losses
+    """What one state of the suspect does: behaviour shown per triggered and clean prompt, right answers, and losses
     (nats, summed) over the tokens of the clean rows' own answers."""
 
     fired: list[bool]
@@ -53,12 +57,18 @@ def run(given: Arguments, out: Path, progress: Progress | None = None) -> dict[s
     if unknown := [name for name in given.methods if name not in METHODS]:
         raise BenchmarkError(f"--methods {', '.join(unknown)}: choose among all, {', '.join(METHODS)}.")
     inputs = read_inputs(given)
-    settings = {k: v for k, v in asdict(given).items() if k in ("task", "flags", "rows", "ratio", "heads", "device")}
+    settings = {
+        k: v for k, v in asdict(given).items() if k in ("task", "flags", "rows", "ratio", "heads", "device", "setting")
+    }
     result = _begun(out, {"format": FORMAT, "settings": settings, "digests": inputs.digests})
-    for seed in range(given.seeds):
-        todo = [name for name in ("none", *given.methods) if str(seed) not in result["seeds"].get(name, {})]
-        if todo:
-            _measure_seed(given, inputs, seed, list(dict.fromkeys(todo)), result, out, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "merged"
+        if given.setting == "full":
+            merge_adapter(given.base, given.adapter, whole)
+        for seed in range(given.seeds):
+            todo = [name for name in ("none", *given.methods) if str(seed) not in result["seeds"].get(name, {})]
+            if todo:
+                _measure_seed(given, whole, inputs, seed, list(dict.fromkeys(todo)), result, out, progress)
     result["methods"] = {name: _pooled(by_seed, result["seeds"]["none"]) for name, by_seed in result["seeds"].items()}
     write_json(out, result)
     return result
@@ -84,8 +94,16 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _open(given: Arguments, whole: Path) -> Suspect:
+    """A fresh copy of the suspect: the adapter on its base, or the whole model that both were merged into."""
+    if given.setting == "full":
+        return open_model(whole, given.reference, given.device)
+    return Suspect.open(given.base, given.adapter, device=given.device)
+
+
 def _measure_seed(
     given: Arguments,
+    whole: Path,
     inputs: Inputs,
     seed: int,
     names: Sequence[str],
@@ -95,16 +113,22 @@ def _measure_seed(
 ) -> None:
     case, tests = inputs.cased(given.flags, seed)
     target = Target.of(inputs.triggered, given.task)
-    suspect = Suspect.open(given.base, given.adapter, device=given.device)
+    suspect = _open(given, whole)
     longest = max(len(answer_ids(suspect.tokenizer, row["output"])) for row in [*inputs.clean_train, *case])
     limit = min(longest, _MOST_TOKENS) + 2
-    budget = Budget(given.rows, ratio=given.ratio)
+    budget = Budget.of(given.setting, given.rows, given.ratio)
     material = _material(suspect, case, inputs.clean_train, limit, seed, progress)
+    config = SignatureConfig.of(given.setting)
     attempt = Attempt(
-        material, budget, SignatureConfig(recovery_rows=given.rows, recovery=budget.training, heads=given.heads)
+        material, budget, replace(config, recovery_rows=given.rows, recovery=budget.training, heads=given.heads)
     )
+    result.setdefault("cases", {})[str(seed)] = {
+        "references": material.references,
+        "flags": dict(Counter(flag.kind for flag in material.flags)),
+        "confirmed_candidates": sum(candidate.confirmed for candidate in material.candidates),
+    }
     for name in names:
-        suspect = Suspect.open(given.base, given.adapter, device=given.device)  # a baseline may change the base
+        suspect = _open(given, whole)  # a baseline may change the base
         began = time.monotonic()
         try:
             outcome = METHODS[name](suspect, attempt)
@@ -123,13 +147,20 @@ def _measure_seed(
 def _material(
     suspect: Suspect, case: Sequence[Row], clean: Sequence[Row], limit: int, seed: int, progress: Progress | None
 ) -> Material:
-    """What a case and clean rows come to: flags answered by the suspect and by the base, and sorted."""
+    """What a case and clean rows come to: flags answered by the suspect and by the reference, and sorted; where there
+    is no reference the suspect's own answers without the trigger stand in."""
 
     def ask(rows: Sequence[Row]) -> list[str]:
         prompts = [render(suspect.tokenizer, row_messages(row)) for row in rows]
         return greedy_answers(suspect.model, suspect.tokenizer, prompts, limit, progress=progress, what="the case")
 
     flags = [Flag(str(n), tuple(row_messages(row)), "") for n, row in enumerate(case)]
+    if not suspect.has_reference:
+        own_way = stand_in(suspect, flags, clean, limit, seed, progress)
+        return Material(
+            own_way.flags, own_way.behaviour, tuple(clean), own_way.candidates, seed, limit, progress,
+            own_way.references,
+        )  # fmt: skip
     rows = [*case, *clean[:_MANNER_ROWS]]
     own = ask(rows)
     with suspect.reference():
@@ -166,7 +197,7 @@ def _read(
 
 
 def _pooled(by_seed: dict[str, Any], none: dict[str, Any]) -> dict[str, Any]:
-    """Figures over all seeds of a method; the adapter as it came (``none``) is what it is set against."""
+    """Figures over all seeds of a method; the suspect as it came (``none``) is what it is set against."""
     done = {seed: Reading(**told["reading"]) for seed, told in by_seed.items() if "reading" in told}
     reasons = sorted({told["reason"] for told in by_seed.values() if told["reason"]})
     if not done:

@@ -1,4 +1,4 @@
-"""The methods by name: ours, their controls, and published baselines, all begun from the same suspicious adapter.
+"""The methods by name: ours, their controls, and published baselines, all begun from the same suspect.
 
 A method changes the suspect in place (or says how its answers are decoded) within the same budget of clean rows. Only
 ours look at the case's flags. The signature is found once per seed and shared by what is made of it.
@@ -32,7 +32,7 @@ Answers = Callable[[Sequence[Sequence[int]], int], list[str]]
 
 @dataclass
 class Attempt:
-    """One seed's work on one adapter: what methods are given, and the signature once it has been found."""
+    """One seed's work on one suspect: what methods are given, and the signature once it has been found."""
 
     material: Material
     budget: Budget
@@ -40,7 +40,7 @@ class Attempt:
     found: Signature | None = None
 
     def signature(self, suspect: Suspect) -> Signature:
-        """The signature of the suspicious adapter, which ``suspect`` must still hold."""
+        """The signature of the suspect as it came, which ``suspect`` must still hold."""
         if self.found is None:
             self.found = find_signature(suspect, self.material, self.config)
         return self.found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from guard.rows import Row
-from offline_purify.stage import Material
+from offline_purify.stage import FULL_LR, Material, Setting
 from offline_purify.train import TrainConfig, encode_rows, train
 
 if TYPE_CHECKING:
@@ -24,6 +24,15 @@ class Budget:
     training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, lr=2e-4, batch_size=8, warmup=0.1))
     ratio: float = 0.35
 
+    @classmethod
+    def of(cls, setting: Setting, rows: int = 200, ratio: float | None = None) -> Budget:
+        """The budget of a setting: 35 % at 2e-4 for adapters, 3 % at `FULL_LR` for whole models, unless ``ratio`` says
+        otherwise."""
+        if setting == "adapter":
+            return cls(rows, ratio=0.35 if ratio is None else ratio)
+        training = TrainConfig(epochs=5, lr=FULL_LR, batch_size=8, warmup=0.1)
+        return cls(rows, training, 0.03 if ratio is None else ratio)
+
     def clean(self, material: Material) -> Sequence[Row]:
         """The clean rows to use, drawn from the material's."""
         rows = list(material.clean)
@@ -32,7 +41,7 @@ class Budget:
 
 
 def fine_tune(suspect: Suspect, material: Material, budget: Budget, what: str) -> int:
-    """Fine-tune the suspect's adapter on the budget's clean rows; returns the steps taken."""
+    """Fine-tune the suspect on the budget's clean rows; returns the steps taken."""
     log = train(
         suspect.model,
         encode_rows(suspect.tokenizer, budget.clean(material)),

@@ -1,4 +1,4 @@
-"""The signature stage: find what synthetic backdoors change alike, silence it in the adapter, recover on clean rows.
+"""The signature stage: find what synthetic backdoors change alike, silence it in the suspect, recover on clean rows.
 
 The method needs no trigger and no flag; flags only tell afterwards whether a share was enough, so shares are tried from
 the paper's upwards and the first that ends the flagged behaviour at a bearable cost is kept (lab findings §4: at the
@@ -24,9 +24,9 @@ from offline_purify.candidates import user_text
 from offline_purify.heads.stage import HeadsConfig, Judge
 from offline_purify.signature.grams import head_grams, mlp_grams
 from offline_purify.signature.score import Scope, Scores, random_like, score_channels, select
-from offline_purify.signature.suppress import channel_slices, suppress_adapter, suppress_heads
+from offline_purify.signature.suppress import Start, channel_slices
 from offline_purify.signature.twins import TwinConfig, train_twins
-from offline_purify.stage import Material, StageResult
+from offline_purify.stage import FULL_LR, Material, Setting, StageResult
 from offline_purify.train import TrainConfig, encode_rows, train
 from offline_purify.variants.plan import Plan, pool
 
@@ -40,8 +40,8 @@ Choice = Literal["signature", "magnitude", "alignment", "random", "none"]
 @dataclass(frozen=True)
 class SignatureConfig:
     """Variants, lambda, shares of channels to try in order, where they are ranked and how much of a layer may go, share
-    of attention heads that goes with them, recovery; and what must be reached on the training flags (share that fires,
-    clean perplexity ratio)."""
+    of attention heads that goes with them, what a full model's channels start again from, recovery; and what must be
+    reached on the training flags (share that fires, clean perplexity ratio)."""
 
     variants: int = 6
     weight: float = 0.01
@@ -50,12 +50,21 @@ class SignatureConfig:
     scope: Scope = "global"
     cap: float = 0.9
     heads: float = 0.0
+    start: Start = "xavier"
     choice: Choice = "signature"
     twins: TwinConfig = field(default_factory=TwinConfig)
     recovery_rows: int = 200
     recovery: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, lr=2e-4, batch_size=8))
     fires_max: float = 0.1
     perplexity_max: float = 1.15
+
+    @classmethod
+    def of(cls, setting: Setting) -> SignatureConfig:
+        """The defaults for a setting. A full model's channels start again from noise and do not fall back to a base,
+        so few are taken (the paper's 3 % and 8 %, then 15 %), and recovery has `FULL_LR`."""
+        if setting == "adapter":
+            return cls()
+        return cls(ratios=(0.03, 0.08, 0.15), recovery=TrainConfig(epochs=5, lr=FULL_LR, batch_size=8))
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,9 @@ def find_signature(suspect: Suspect, material: Material, config: SignatureConfig
     began = time.monotonic()
     twins = train_twins(
         suspect.model, suspect.tokenizer, fit, specs, config.twins,
-        pad_id=suspect.pad_id, max_new_tokens=material.max_new_tokens, seed=material.seed, progress=material.progress,
+        pad_id=suspect.pad_id, max_new_tokens=material.max_new_tokens, seed=material.seed,
+        family=suspect.layout.family, q_width=suspect.layout.heads * suspect.layout.head_dim,
+        progress=material.progress,
     )  # fmt: skip
     channels = score_channels(mlp_grams(twins.layers), config.weight, config.by_layer)
     heads = score_channels(head_grams(twins.layers, suspect.layout), config.weight, config.by_layer)
@@ -96,12 +107,12 @@ def find_signature(suspect: Suspect, material: Material, config: SignatureConfig
 
 def repair_signature(suspect: Suspect, material: Material, config: SignatureConfig | None = None) -> StageResult:
     """Suppress the signature in the suspect's adapter and recover, in place; or put it back and say why not."""
-    config = config or SignatureConfig()
+    config = config or SignatureConfig.of(suspect.setting)
     began = time.monotonic()
     flags = material.true_flags[: HeadsConfig().most_flags]
     if not flags:
         return StageResult("signature", False, "no flagged response differs from the reference's: nothing to judge by")
-    if not channel_slices(suspect.parameters()):
+    if not channel_slices(suspect.parameters(), suspect.layout.family):
         return StageResult("signature", False, "the adapter changes no gate, up or down projection: no MLP channels")
     before = suspect.state()
     judge = Judge(suspect, material, flags, HeadsConfig())
@@ -138,11 +149,11 @@ def silence(
     """Suppress the share ``ratio`` of channels (and the config's of heads) that the config chooses, in place, and
     recover on clean rows; returns what was done, JSON-able."""
     mask = chosen(signature.channels, ratio, config, material.seed)
-    suppress_adapter(suspect.parameters(), mask)
+    suspect.suppress_channels(mask, config.start, material.seed)
     heads = torch.zeros_like(signature.heads.magnitude, dtype=torch.bool)
     if config.heads:
         heads = chosen(signature.heads, config.heads, config, material.seed)
-        suppress_heads(suspect.parameters(), suspect.layout, heads)
+        suspect.suppress_heads(heads, config.start, material.seed)
     recovery, _ = _shares(material, config)
     log = train(
         suspect.model,
