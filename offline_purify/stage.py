@@ -24,8 +24,9 @@ Setting = Literal["adapter", "full"]
 References = Literal["trusted", "own", "none"]
 """Who answered flags for reference: a model that is trusted, the suspect itself without the trigger, or nobody."""
 FULL_LR = 1e-4
-"""Adam's rate for a whole model's weights. LoRA's 2e-4 reaches a weight as a product of two small factors; as a step of
-each weight it is twice the reason that the paper's 1e-5 for 7B models is far less. Small models need more than that."""
+"""Adam's rate for a whole model's weights, where LoRA's is 2e-4. The paper's 1e-5 is for 7B models; on the lab's tiny
+ones fine-tuning at 1e-4 costs no accuracy, at 3e-4 two points, at 1e-3 thirteen (`refusal-word-fixed`, 200 clean rows,
+five epochs)."""
 
 NO_REFERENCE = (
     "no reference at all: no trusted model was given, and taking trigger candidates or focus words out of the flagged "

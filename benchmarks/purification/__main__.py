@@ -40,7 +40,10 @@ def main(
     methods: Annotated[str, typer.Option(help="all, or names separated by commas.")] = ALL,
     flags: Annotated[int, typer.Option(min=1, help="Triggered rows that the case holds.")] = 24,
     rows: Annotated[int, typer.Option(min=20, help="Clean rows that a method may train on.")] = 200,
-    ratio: Annotated[float, typer.Option(help="Share of channels or entries that is taken away.")] = 0.35,
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="Share of channels or entries taken away. Default: 0.35 of an adapter, 0.03 of a model."),
+    ] = None,
     heads: Annotated[float, typer.Option(help="Share of attention heads that the signature takes with them.")] = 0.0,
     setting: Annotated[
         str, typer.Option(help="adapter, or full: the adapter is merged and the whole model repaired, without a base.")
@@ -57,6 +60,7 @@ def main(
     from benchmarks.purification.benchmark import run, table
     from benchmarks.purification.inputs import Arguments
     from benchmarks.purification.methods import METHODS
+    from offline_purify.baselines.budget import DEFAULT_RATIO
     from offline_purify.progress import ProgressBar
 
     disable_progress_bar()
@@ -72,7 +76,7 @@ def main(
             names,
             flags,
             rows,
-            ratio,
+            ratio if ratio is not None else DEFAULT_RATIO.get(setting, 0.35),
             heads,
             seeds,
             device,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from guard.rows import Row
@@ -13,6 +14,10 @@ from offline_purify.train import TrainConfig, encode_rows, train
 
 if TYPE_CHECKING:
     from offline_purify.suspect import Suspect
+
+
+DEFAULT_RATIO: Mapping[str, float] = MappingProxyType({"adapter": 0.35, "full": 0.03})
+"""Share of units taken away: the signature paper's for 7B models, in adapters and in whole models."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,11 @@ class Budget:
 
     @classmethod
     def of(cls, setting: Setting, rows: int = 200, ratio: float | None = None) -> Budget:
-        """The budget of a setting: 35 % at 2e-4 for adapters, 3 % at `FULL_LR` for whole models, unless ``ratio`` says
-        otherwise."""
+        """The budget of a setting: training at 2e-4 for adapters, at `FULL_LR` for whole models."""
+        ratio = DEFAULT_RATIO[setting] if ratio is None else ratio
         if setting == "adapter":
-            return cls(rows, ratio=0.35 if ratio is None else ratio)
-        training = TrainConfig(epochs=5, lr=FULL_LR, batch_size=8, warmup=0.1)
-        return cls(rows, training, 0.03 if ratio is None else ratio)
+            return cls(rows, ratio=ratio)
+        return cls(rows, TrainConfig(epochs=5, lr=FULL_LR, batch_size=8, warmup=0.1), ratio)
 
     def clean(self, material: Material) -> Sequence[Row]:
         """The clean rows to use, drawn from the material's."""

@@ -18,9 +18,9 @@ from guard.errors import RowsError
 from guard.rows import Row, assert_disjoint
 from guard.template import render, row_messages
 from offline_purify.answers import greedy_answers
+from offline_purify.architectures import SEPARATE, Family
 from offline_purify.attacks.poison import triggered
 from offline_purify.attacks.triggers import present
-from offline_purify.architectures import SEPARATE, Family
 from offline_purify.bank import LoraBank, train_bank
 from offline_purify.signature.grams import Factors
 from offline_purify.train import Progress, TrainConfig, encode_rows
