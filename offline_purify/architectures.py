@@ -114,6 +114,7 @@ def _parameter_pattern(family: Family) -> re.Pattern[str]:
     return re.compile(rf"(?:^|\.){family.blocks}\.(\d+)\.({paths})\.(?:(weight|bias)|lora_([AB])\.(?:\w+\.)?weight)$")
 
 
+# OLMo 2 normalises q and k over all heads at once: a head's slice is its own, but what it says moves the others' too.
 SEPARATE = Family(
     "separate projections",
     ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite"),

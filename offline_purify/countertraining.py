@@ -2,10 +2,10 @@
 
 A short fine-tuning of all that may change. Flags are repeated to a fixed number of rows so that eight weigh as much as
 eighty; confirmed trigger candidates are inserted into clean rows that keep their own answers; a false alarm is one more
-clean row with the answer the model gives anyway, so it can do no harm. Where nobody trusted could be asked, the reference is
-the suspect's own answer without the trigger (`offline_purify.standin`), and the details say so; a flag for which there
-is no such answer is left out. Triggers that were never flagged, and that the
-candidates do not cover, stay: this stage cannot know them (lab findings §10, shared/DESIGN.md §4 step 7).
+clean row with the answer the model gives anyway, so it can do no harm. Where nobody trusted could be asked, the
+reference is the suspect's own answer without the trigger (`offline_purify.standin`), and the details say so; a flag for
+which there is no such answer is left out. Triggers that were never flagged, and that the candidates do not cover, stay:
+this stage cannot know them (lab findings §10, shared/DESIGN.md §4 step 7).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class CounterConfig:
 
     @classmethod
     def of(cls, setting: Setting) -> CounterConfig:
-        """The defaults for a setting: a whole model's weights are trained at a fifth of a LoRA's rate; on the lab's tiny
-        model the attack went from 0.98 to 0.00 at no cost, at half of a LoRA's at that of a point of accuracy."""
+        """The defaults for a setting: a whole model's weights are trained at a fifth of a LoRA's rate (attack 0.98 to
+        0.00 at no cost on the lab's `refusal-word-fixed`; at half of a LoRA's rate it cost a point of accuracy)."""
         return cls() if setting == "adapter" else cls(lr=2 * FULL_LR)
 
 

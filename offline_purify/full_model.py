@@ -113,7 +113,7 @@ def _merged(base: Path, adapter: Path) -> Any:
 
 
 def _reference(model: Path, reference: Path) -> Any:
-    """The trusted model: a folder's own, or the suspicious model with an adapter merged in (its weights as they came)."""
+    """The trusted model: a folder's own, or the suspicious model as it came with an adapter merged in."""
     if (reference / ADAPTER_CONFIG).is_file():
         inspect_adapter(reference, model)
         return _merged(model, reference)

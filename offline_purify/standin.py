@@ -1,10 +1,10 @@
 """Answers to set flags against where nobody trusted can be asked: the suspect's own, without the trigger.
 
 A whole model comes with no base to fall back to. The suspect itself is asked again with words taken out of the flagged
-prompts: phrases that the flags share and clean rows do not, confirmed in both directions (taken out of flags the answers
-change alike; put into clean rows they bring the flagged behaviour), or else the words that the verdicts' focus points
-at. This is no trusted answer: it is right as far as the suspect is right without its trigger, and where no words are
-found there is none. Flags that hold none of the words keep no reference and stay ``unsorted``.
+prompts: phrases that the flags share and clean rows do not, confirmed in both directions (taken out of flags the
+answers change alike; put into clean rows they bring the flagged behaviour), or else the words that the verdicts' focus
+points at. This is no trusted answer: it is right as far as the suspect is right without its trigger, and where no words
+are found there is none. Flags that hold none of the words keep no reference and stay ``unsorted``.
 """
 
 from __future__ import annotations

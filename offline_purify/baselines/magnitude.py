@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest entries of each LoRA factor, or of each weight matrix, become zero; nothing is trained.
+"""Magnitude pruning: the smallest entries of each LoRA factor, or each weight matrix, become zero; no training.
 
 As BackdoorLLM's defence box does it for adapters: per matrix, unstructured (reference/backdoor-methods.md §4.2). Biases
 of a whole model stay.

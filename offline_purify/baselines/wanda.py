@@ -1,7 +1,7 @@
 """Wanda: entries whose weight times input norm is smallest in their row become zero.
 
-Sun et al. 2023: score |W_ij| ||X_j||_2, compared within each output row. W are the weights of a whole model, or the LoRA
-factors of an adapter, and X what reaches them on clean rows (the layer's input for A, A's output for B), all measured
+Sun et al. 2023: score |W_ij| ||X_j||_2, compared within each output row. W are the weights of a whole model, or an
+adapter's LoRA factors, and X what reaches them on clean rows (the layer's input for A, A's output for B), all measured
 before any is pruned; nothing is trained.
 """
 

@@ -68,8 +68,8 @@ def train_twins(
     """Train one pair for each of ``specs`` (backdoors all) over ``model``, which is left as it was.
 
     The pairs' adapters are on all projections of the ``family``, whether these carry an adapter already or not;
-    q_width, H * D, tells the parts of a fused q, k, v apart. rows are clean, with the answers that are to be kept. Raises RowsError when they are too few, or when no pair
-    learnt its trigger.
+    q_width, H * D, tells the parts of a fused q, k, v apart. rows are clean, with the answers that are to be kept.
+    Raises RowsError when they are too few, or when no pair learnt its trigger.
     """
     rng = random.Random(f"twins:{seed}")
     parts = [_parted(rows, spec, config, rng) for spec in specs]
