@@ -96,6 +96,9 @@ def _after_signature(*stages: Callable[[Suspect, Material], StageResult]) -> Met
 
 
 def _cleangen(suspect: Suspect, attempt: Attempt) -> Outcome:
+    with suspect.reference():
+        pass  # a whole model without one is refused by name before anything is measured
+
     def answers(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         return cleangen_answers(suspect, prompts, max_new_tokens, attempt.material.progress)[0]
 

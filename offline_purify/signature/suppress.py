@@ -1,9 +1,9 @@
 """Silencing MLP channels and heads: in a LoRA adapter they fall back to the base, in a full model they start again.
 
 Channel j of an MLP owns row j of gate_proj (where there is one) and up_proj and column j of down_proj; in LoRA factors
-that is row j of lora_B for gate and up and column j of lora_A for down. The other factors are shared by all channels,
-and never touched. A bias element of gate or up belongs to its channel, one of q, k or v to its head. Fused and transposed
-weights are read through the architecture's table (`offline_purify.architectures`).
+that is row j of lora_B for gate and up and column j of lora_A for down. The other factors are shared by all channels
+and never touched. A bias element of gate or up belongs to its channel, one of q, k or v to its head. Fused and
+transposed weights are read through the architecture's table (`offline_purify.architectures`).
 """
 
 from __future__ import annotations
