@@ -36,6 +36,10 @@ class UnsupportedModel(GuardError):
     """A model whose attention cannot be measured truthfully (named), so the guard refuses to watch it."""
 
 
+class NoReference(GuardError):
+    """Work that needs a trusted model to compare with, where none was given."""
+
+
 class PromptTooLong(GuardError):
     """A prompt that does not fit the context."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offline_purify.architectures import features
 from offline_purify.train import Example, Progress, TrainConfig, answer_sums, collate, index_batches, learning_rate
 
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
@@ -39,8 +40,8 @@ class _Target:
 class LoraBank:
     """K fresh adapters on the named linear layers of `model`, all begun alike.
 
-    model: any module, itself left as it is; targets: names of modules with in_features and out_features (a layer that
-    carries another adapter is one). A is drawn as PEFT draws it, from `seed`, the same for all K; B is zero.
+    model: any module, itself left as it is; targets: names of linear layers or Conv1Ds (a layer that carries another
+    adapter is one). A is drawn as PEFT draws it, from `seed`, the same for all K; B is zero.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[str], count: int, rank: int, scaling: float, seed: int):
@@ -53,11 +54,12 @@ class LoraBank:
         for name in targets:
             module: Any = model.get_submodule(name)
             weight = next(module.parameters())
-            bound = 1 / math.sqrt(module.in_features)  # Kaiming-uniform with a = sqrt(5)
-            a = (2 * torch.rand(rank, module.in_features, generator=generator) - 1) * bound
+            wide, high = features(module)
+            bound = 1 / math.sqrt(wide)  # Kaiming-uniform with a = sqrt(5)
+            a = (2 * torch.rand(rank, wide, generator=generator) - 1) * bound
             group = _group(name)
             own = drawn.setdefault(group, [])
-            b = nn.Parameter(torch.zeros(count, module.out_features, rank, device=weight.device))
+            b = nn.Parameter(torch.zeros(count, high, rank, device=weight.device))
             self.targets[name] = _Target(module, group, len(own), b)
             own.append(a.to(weight.device))
         self._a = {group: nn.Parameter(torch.cat(own).expand(count, -1, -1).clone()) for group, own in drawn.items()}

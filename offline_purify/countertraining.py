@@ -1,9 +1,11 @@
 """Counter-training: the flagged prompts, answered by the trusted reference, mixed with clean rows.
 
-A short fine-tuning of the whole adapter. Flags are repeated to a fixed number of rows so that eight weigh as much as
+A short fine-tuning of all that may change. Flags are repeated to a fixed number of rows so that eight weigh as much as
 eighty; confirmed trigger candidates are inserted into clean rows that keep their own answers; a false alarm is one more
-clean row with the answer the model gives anyway, so it can do no harm. Triggers that were never flagged, and that the
-candidates do not cover, stay: this stage cannot know them (lab findings §10, shared/DESIGN.md §4 step 7).
+clean row with the answer the model gives anyway, so it can do no harm. Where nobody trusted could be asked, the
+reference is the suspect's own answer without the trigger (`offline_purify.standin`), and the details say so; a flag for
+which there is no such answer is left out. Triggers that were never flagged, and that the candidates do not cover, stay:
+this stage cannot know them (lab findings §10, shared/DESIGN.md §4 step 7).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from guard.template import answer_ids, render
 from offline_purify.answers import greedy_answers
 from offline_purify.candidates import Candidate, with_candidate
 from offline_purify.flags import Flag
-from offline_purify.stage import Material, StageResult
+from offline_purify.stage import FULL_LR, NO_REFERENCE, Material, Setting, StageResult
 from offline_purify.train import Example, TrainConfig, encode_rows, train
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ class CounterConfig:
     candidate_rows: int = 40
     rounds: int = 2
     fires_max: float = 0.05
+
+    @classmethod
+    def of(cls, setting: Setting) -> CounterConfig:
+        """The defaults for a setting: a whole model's weights are trained at a fifth of a LoRA's rate (attack 0.98 to
+        0.00 at no cost on the lab's `refusal-word-fixed`; at half of a LoRA's rate it cost a point of accuracy)."""
+        return cls() if setting == "adapter" else cls(lr=2 * FULL_LR)
 
 
 def flag_prompt(suspect: Suspect, flag: Flag) -> list[int]:
@@ -69,7 +77,7 @@ def counter_examples(
     rng.shuffle(rows)
     rows = rows[: config.clean_rows]
     true = [flag_example(suspect, f) for f in flags if f.kind == "true"]
-    once = [flag_example(suspect, f) for f in flags if f.kind != "true"]
+    once = [flag_example(suspect, f) for f in flags if f.kind in ("odd", "false_alarm")]
     repeated = list(islice(cycle(true), max(config.flag_rows, len(true)))) if true else []
     inserted: list[Example] = []
     confirmed = [c for c in candidates if c.confirmed]
@@ -81,12 +89,14 @@ def counter_examples(
 
 
 def counter_train(suspect: Suspect, material: Material, config: CounterConfig | None = None) -> StageResult:
-    """Counter-train the suspect's adapter in place. Not ok (adapter put back) when there is no true flag to learn from
-    or trained flags still fire after all rounds."""
-    config = config or CounterConfig()
+    """Counter-train the suspect in place. Not ok (suspect put back) when nobody could answer the flags for reference,
+    when there is no true flag to learn from, or trained flags still fire after all rounds."""
+    config = config or CounterConfig.of(suspect.setting)
     began = time.monotonic()
     true = material.true_flags
     counts = {kind: sum(f.kind == kind for f in material.flags) for kind in ("true", "odd", "false_alarm")}
+    if material.references == "none":
+        return StageResult("counter", False, NO_REFERENCE, {"flags": counts, "references": "none"})
     if not true:
         return StageResult(
             "counter", False, "no flagged response differs from the reference's: nothing to unlearn", {"flags": counts}
@@ -118,6 +128,7 @@ def counter_train(suspect: Suspect, material: Material, config: CounterConfig | 
             break
     details = {
         "flags": counts,
+        "references": material.references,
         "examples": len(examples),
         "trained_flags_firing": fires,
         "losses": losses,

@@ -142,7 +142,7 @@ class RepairSteps:
             "flags_heldout": len(held),
             "seed": spec.seed,
             "layout": asdict(suspect.layout),
-            "target_modules": list(suspect.info.target_modules),
+            "target_modules": list(suspect.target_modules),
         }
         write_json(spec.work / "rows.json", kept)
         write_json(

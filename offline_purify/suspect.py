@@ -1,16 +1,17 @@
-"""The patient: a frozen base with its suspicious adapter on it, opened for repair in fp32.
+"""The patient: what is suspicious, opened for repair in fp32; an adapter over a frozen base, or a whole model.
 
-Nothing is loaded before the files say that the repair could work: safetensors LoRA only, no quantised weights, no
-mixture of experts, separate q/k/v/o projections with known names. Only the suspicious adapter ever changes; the base
-(adapter off) or the last good revision answers as the trusted reference.
+Nothing is loaded before the files say that the repair could work: safetensors only, no quantised weights, no mixture of
+experts, an architecture that the table of layouts describes. Only the suspicious weights ever change (``parameters``):
+an adapter's LoRA factors, or a whole model's projections (`offline_purify.full_model`). What both share is `Suspect`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from guard.adapters import AdapterInfo, inspect_adapter, stamp_base_digest
 from guard.errors import UnsupportedModel
 from guard.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from offline_purify.architectures import FAMILIES, family_of
 from offline_purify.heads.layout import HeadLayout
+from offline_purify.signature.suppress import Start, suppress_adapter, suppress_heads
+from offline_purify.stage import Setting
 from offline_purify.train import pad_id_of
 
 SUSPICIOUS, REFERENCE = "default", "reference"
-_SEPARATE_QKV = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "olmo2", "granite")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_repairable(base: Path) -> HeadLayout:
-    """Head layout of a base model folder, from its config.json alone. Raises UnsupportedModel naming what is in the
-    way."""
+    """Head layout of a model folder, from its config.json alone. Raises UnsupportedModel naming what is in the way."""
     try:
         config: dict[str, Any] = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -44,32 +46,71 @@ def check_repairable(base: Path) -> HeadLayout:
     if any((config.get(key) or 0) > 1 for key in _EXPERTS):
         raise UnsupportedModel(f"{base} is a mixture of experts, which the repair does not cover yet.")
     kind = config.get("model_type")
-    if kind not in _SEPARATE_QKV:
+    family = family_of(kind)
+    if family is None:
+        known = ", ".join(model for each in FAMILIES for model in each.models)
+        raise UnsupportedModel(f"{base} has model type {kind!r}: where its heads lie is known for {known}.")
+    if config.get("add_cross_attention"):
         raise UnsupportedModel(
-            f"{base} has model type {kind!r}: expected separate q_proj, k_proj, v_proj and o_proj, as in "
-            f"{', '.join(_SEPARATE_QKV)}."
+            f"{base} has cross-attention, which the repair does not cover: expected a plain decoder."
         )
-    heads = int(config["num_attention_heads"])
+
+    def number(*names: str) -> int | None:
+        return next((int(config[name]) for name in names if config.get(name) is not None), None)
+
+    layers, heads = number("num_hidden_layers", "n_layer"), number("num_attention_heads", "n_head")
+    width = number("hidden_size", "n_embd")
+    if not layers or not heads or not width:
+        raise UnsupportedModel(f"{base}: config.json names no number of layers, of heads, or no hidden size.")
     return HeadLayout(
-        layers=int(config["num_hidden_layers"]),
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+        layers,
+        heads,
+        kv_heads=number("num_key_value_heads") or heads,
+        head_dim=number("head_dim") or width // heads,
+        family=family,
+        windows=_windows(config, layers),
     )
 
 
-class Suspect:
-    """A base and its suspicious adapter in memory; the adapter's weights are what the stages change."""
+def _windows(config: dict[str, Any], layers: int) -> tuple[int | None, ...]:
+    """Sliding window of each layer. A configuration that has one and does not say where is taken to mean everywhere:
+    then fewer entries are compared, and never ones that a head could not see."""
+    width = config.get("sliding_window")
+    if not width or config.get("use_sliding_window") is False:
+        return (None,) * layers
+    kinds = config.get("layer_types") or ["sliding_attention"] * layers
+    return tuple(int(width) if kind == "sliding_attention" else None for kind in kinds)
 
-    def __init__(
-        self, model: PeftModel, tokenizer: Any, layout: HeadLayout, base_dir: Path, adapter_dir: Path, info: AdapterInfo
-    ) -> None:
+
+def load_model(folder: Path) -> Any:
+    """A model folder in fp32, frozen, in evaluation mode."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    )
+    return frozen(model)
+
+
+def frozen(model: Any) -> Any:
+    """The model in fp32 and evaluation mode, with no parameter to train."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+class Suspect(ABC):
+    """A suspicious model in memory, its tokenizer and layout; ``parameters`` are what the stages change."""
+
+    setting: Setting
+    target_modules: tuple[str, ...]
+
+    def __init__(self, model: Any, tokenizer: Any, layout: HeadLayout) -> None:
         self.model, self.tokenizer, self.layout = model, tokenizer, layout
-        self.base_dir, self.adapter_dir, self.info = base_dir, adapter_dir, info
         self.pad_id = pad_id_of(tokenizer)
 
-    @classmethod
-    def open(cls, base: Path, adapter: Path, reference: Path | None = None, device: str = "cpu") -> Suspect:
+    @staticmethod
+    def open(base: Path, adapter: Path, reference: Path | None = None, device: str = "cpu") -> AdapterSuspect:
         """Load base and adapter (and the last good adapter, if one is the reference) in fp32.
 
         Raises UnsupportedModel or AdapterRejected, before anything is loaded, for what cannot be repaired.
@@ -80,17 +121,11 @@ class Suspect:
         if reference is not None:
             inspect_adapter(reference, base)
         tokenizer = AutoTokenizer.from_pretrained(base)
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
-        model = PeftModel.from_pretrained(plain, str(adapter), adapter_name=SUSPICIOUS, is_trainable=True)
+        model = PeftModel.from_pretrained(load_model(base), str(adapter), adapter_name=SUSPICIOUS, is_trainable=True)
         if reference is not None:
             model.load_adapter(str(reference), adapter_name=REFERENCE, is_trainable=False)
             model.set_adapter(SUSPICIOUS)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
-        model.to(device).eval()
-        suspect = cls(model, tokenizer, layout, base, adapter, info)
+        suspect = AdapterSuspect(frozen(model).to(device), tokenizer, layout, base, adapter, info)
         if not suspect.parameters():
             raise UnsupportedModel(f"{adapter}: no LoRA factors were attached to {base}.")
         return suspect
@@ -100,12 +135,33 @@ class Suspect:
         """Where the model lives."""
         return next(self.model.parameters()).device
 
+    @property
+    @abstractmethod
+    def has_reference(self) -> bool:
+        """Whether a trusted model answers in ``reference``."""
+
+    @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The suspicious adapter's LoRA factors by parameter name."""
-        return {n: p for n, p in self.model.named_parameters() if ".lora_" in n and f".{SUSPICIOUS}." in n}
+        """What the stages may change, by parameter name."""
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """Within: the trusted model answers. Raises NoReference where there is none."""
+
+    @abstractmethod
+    def suppress_channels(self, mask: Tensor, start: Start = "xavier", seed: int = 0) -> dict[str, int]:
+        """Silence the MLP channels in ``mask`` (bool [L, F]), in place; returns elements replaced by name."""
+
+    @abstractmethod
+    def suppress_heads(self, mask: Tensor, start: Start = "xavier", seed: int = 0) -> dict[str, int]:
+        """Silence the attention heads in ``mask`` (bool [L, H]), in place; returns elements replaced by name."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the suspect as it stands to a folder of the kind that it was opened from."""
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the adapter's weights."""
+        """A copy of the weights that may change."""
         return {name: p.detach().clone() for name, p in self.parameters().items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -115,7 +171,7 @@ class Suspect:
                 p.copy_(state[name])
 
     def save_state(self, path: Path) -> None:
-        """Write the adapter's weights to one safetensors file, atomically."""
+        """Write the weights that may change to one safetensors file, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
         save_file({n: t.cpu().contiguous() for n, t in self.state().items()}, temporary)
@@ -124,6 +180,34 @@ class Suspect:
     def load_state(self, path: Path) -> None:
         """Take weights written with ``save_state``."""
         self.restore(load_file(path))
+
+    @contextmanager
+    def attention_matrices(self) -> Iterator[None]:
+        """Within: forwards can return attention matrices (eager attention); stock sdpa outside."""
+        inner: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        inner.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            inner.set_attn_implementation("sdpa")
+
+
+class AdapterSuspect(Suspect):
+    """A frozen base with its suspicious adapter; the base (adapter off) or the last good revision is the reference."""
+
+    setting: Setting = "adapter"
+    has_reference = True
+
+    def __init__(
+        self, model: PeftModel, tokenizer: Any, layout: HeadLayout, base_dir: Path, adapter_dir: Path, info: AdapterInfo
+    ) -> None:
+        super().__init__(model, tokenizer, layout)
+        self.base_dir, self.adapter_dir, self.info = base_dir, adapter_dir, info
+        self.target_modules = info.target_modules
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The suspicious adapter's LoRA factors by parameter name."""
+        return {n: p for n, p in self.model.named_parameters() if ".lora_" in n and f".{SUSPICIOUS}." in n}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -140,15 +224,13 @@ class Suspect:
             with self.model.disable_adapter():
                 yield
 
-    @contextmanager
-    def attention_matrices(self) -> Iterator[None]:
-        """Within: forwards can return attention matrices (eager attention); stock sdpa outside."""
-        inner: Any = self.model.get_base_model()
-        inner.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            inner.set_attn_implementation("sdpa")
+    def suppress_channels(self, mask: Tensor, start: Start = "xavier", seed: int = 0) -> dict[str, int]:
+        """Zero the adapter's part of the channels: they fall back to the base (``start`` and ``seed`` say nothing)."""
+        return suppress_adapter(self.parameters(), mask, self.layout.family)
+
+    def suppress_heads(self, mask: Tensor, start: Start = "xavier", seed: int = 0) -> dict[str, int]:
+        """Zero the adapter's part of the heads: they fall back to the base (``start`` and ``seed`` say nothing)."""
+        return suppress_heads(self.parameters(), self.layout, mask)
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder with the input's configuration, fp32, stamped with the base's digest."""

@@ -1,1 +1,1 @@
-"""Purification benchmark: our repair methods and published ones on the same adapter, rows and budget."""
+"""Purification benchmark: our repair methods and published ones on the same suspect, rows and budget."""

@@ -66,8 +66,20 @@ Unflagged = Annotated[
 ]
 Flags = Annotated[int, typer.Option(min=1, help="Triggered rows that the case holds.")]
 Rows = Annotated[int, typer.Option(min=20, help="Clean rows that a method may train on.")]
-Ratio = Annotated[float, typer.Option(help="Share of channels or entries that is taken away.")]
+Ratio = Annotated[
+    float | None,
+    typer.Option(help="Share of channels or entries taken away. Default: 0.35 of an adapter, 0.03 of a model."),
+]
 Heads = Annotated[float, typer.Option(help="Share of attention heads that the signature takes with them.")]
+Scope = Annotated[
+    str,
+    typer.Option(
+        "--setting", help="adapter, or full: the adapter is merged and the whole model repaired, without a base."
+    ),
+]
+Reference = Annotated[
+    Path | None, typer.Option(help="With full: folder of a model that is trusted. Default: nobody is.")
+]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs, each with its own case and draws.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -80,12 +92,15 @@ def _run(values: dict[str, Any], ablation: str | None = None) -> None:
     from benchmarks.purification.benchmark import run, table
     from benchmarks.purification.inputs import Arguments
     from benchmarks.purification.methods import METHODS
+    from offline_purify.baselines.budget import DEFAULT_RATIO
     from offline_purify.progress import ProgressBar
 
     if missing := [f"--{name.replace('_', '-')}" for name in REQUIRED if values[name] is None]:
         raise typer.BadParameter(f"{', '.join(missing)} must be given.")
     disable_progress_bar()
     out, named = values.pop("out"), values.pop("methods", ALL)
+    if values["ratio"] is None:
+        values["ratio"] = DEFAULT_RATIO.get(values["setting"], DEFAULT_RATIO["adapter"])
     for name in ("unflagged", "donors"):
         values[name] = tuple(values.get(name) or ())
     try:
@@ -114,8 +129,10 @@ def measure(
     unflagged: Unflagged = None,
     flags: Flags = 24,
     rows: Rows = 200,
-    ratio: Ratio = 0.35,
+    ratio: Ratio = None,
     heads: Heads = 0.0,
+    setting: Scope = "adapter",
+    reference: Reference = None,
     seeds: Seeds = 1,
     device: Device = "cpu",
 ) -> None:
@@ -145,8 +162,10 @@ def ablation(
     unflagged: Unflagged = None,
     flags: Flags = 24,
     rows: Rows = 200,
-    ratio: Ratio = 0.35,
+    ratio: Ratio = None,
     heads: Heads = 0.0,
+    setting: Scope = "adapter",
+    reference: Reference = None,
     seeds: Seeds = 1,
     device: Device = "cpu",
 ) -> None:

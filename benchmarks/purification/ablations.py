@@ -5,7 +5,6 @@ Each is a table of methods that the benchmark runs and measures as it does any o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks.purification.errors import BenchmarkError
 from benchmarks.purification.methods import METHODS, Attempt, Method, Outcome, silenced
+from offline_purify.architectures import CHANNELS
 from offline_purify.heads.align import AlignConfig, align
 from offline_purify.heads.finetune import finetune_heads
 from offline_purify.heads.layout import random_partition_like
@@ -24,10 +24,8 @@ from offline_purify.heads.stage import HeadsConfig, flagged_examples
 from offline_purify.signature.find import find_signature
 from offline_purify.signature.stage import silence
 from offline_purify.signature.suppress import channel_slices
-from offline_purify.suspect import Suspect
+from offline_purify.suspect import AdapterSuspect, Suspect
 from offline_purify.train import encode_rows
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -72,15 +70,27 @@ class Heads:
         return Outcome({"partition": parts.to_dict()})
 
 
-def _dropped(chosen: Callable[[str, int], bool]) -> Method:
-    """What the adapter changes in some of its projections is taken away; nothing is recovered."""
+def _adapter(suspect: Suspect) -> AdapterSuspect:
+    if not isinstance(suspect, AdapterSuspect):
+        raise BenchmarkError("this ablation is of adapters: a whole model holds no updates that could be told apart.")
+    return suspect
+
+
+def _dropped(chosen: Callable[[bool, int], bool]) -> Method:
+    """What the adapter changes in some of its projections is taken away, ``chosen`` by (MLP or attention, layer);
+    nothing is recovered."""
 
     def method(suspect: Suspect, _: Attempt) -> Outcome:
-        gone = 0
+        _adapter(suspect)
+        family, gone = suspect.layout.family, 0
+        where = {
+            name: (family.module(name) or (0, ()))[1][0] in CHANNELS for name, _, _ in family.projections(suspect.model)
+        }
         with torch.no_grad():
             for name, parameter in suspect.parameters().items():
-                match = _LAYER.search(name)
-                if match is not None and chosen(name, int(match[1])):
+                layer = family.layer(name)
+                module = next((m for m in where if name.startswith(f"{m}.")), None)
+                if layer is not None and module is not None and chosen(where[module], layer):
                     parameter.zero_()
                     gone += 1
         return Outcome({"factors": gone})
@@ -90,24 +100,26 @@ def _dropped(chosen: Callable[[str, int], bool]) -> Method:
 
 def _shuffled(suspect: Suspect, attempt: Attempt) -> Outcome:
     """Every channel gets the changes of another one of its layer: as much is changed, in the wrong places."""
+    parameters = _adapter(suspect).parameters()
     generator = torch.Generator().manual_seed(attempt.material.seed)
     orders: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        for name, (layer, dimension) in channel_slices(suspect.parameters()).items():
-            parameter = suspect.parameters()[name]
-            if layer not in orders:
-                orders[layer] = torch.randperm(parameter.shape[dimension], generator=generator)
-            parameter.copy_(parameter.index_select(dimension, orders[layer].to(parameter.device)).clone())
+        for name, stakes in channel_slices(parameters, suspect.layout.family).items():
+            for stake in stakes:
+                if stake.layer not in orders:
+                    orders[stake.layer] = torch.randperm(stake.length, generator=generator)
+                share = stake.of(parameters[name])
+                share.copy_(share.index_select(stake.dimension, orders[stake.layer].to(share.device)))
     return Outcome({"layers": len(orders)})
 
 
 def _sanity(_: tuple[Path, ...]) -> Mapping[str, Method]:
     return {
         "none": METHODS["none"],
-        "no attention updates": _dropped(lambda name, _: ".self_attn." in name),
-        "no MLP updates": _dropped(lambda name, _: ".mlp." in name),
-        "no MLP updates in even blocks": _dropped(lambda name, layer: ".mlp." in name and layer % 2 == 0),
-        "no MLP updates in odd blocks": _dropped(lambda name, layer: ".mlp." in name and layer % 2 == 1),
+        "no attention updates": _dropped(lambda mlp, _: not mlp),
+        "no MLP updates": _dropped(lambda mlp, _: mlp),
+        "no MLP updates in even blocks": _dropped(lambda mlp, layer: mlp and layer % 2 == 0),
+        "no MLP updates in odd blocks": _dropped(lambda mlp, layer: mlp and layer % 2 == 1),
         "no updates in even blocks": _dropped(lambda _, layer: layer % 2 == 0),
         "no updates in odd blocks": _dropped(lambda _, layer: layer % 2 == 1),
         "MLP channels shuffled": _shuffled,
@@ -159,7 +171,7 @@ def _transfer(donors: tuple[Path, ...]) -> Mapping[str, Method]:
 
     def of(donor: Path) -> Method:
         def method(suspect: Suspect, attempt: Attempt) -> Outcome:
-            other = Suspect.open(suspect.base_dir, donor, device=str(suspect.device))
+            other = Suspect.open(_adapter(suspect).base_dir, donor, device=str(suspect.device))
             found = find_signature(other, attempt.material, attempt.config.search)
             told = silence(suspect, attempt.material, attempt.config, found, attempt.budget.ratio)
             return Outcome({**found.told, **told})

@@ -1,10 +1,12 @@
-"""One run: every method on a fresh copy of the suspicious adapter, measured on prompts that none of them has seen."""
+"""One run: every method on a fresh copy of the suspect, measured on prompts that none of them has seen."""
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,17 @@ from offline_purify.answers import greedy_answers
 from offline_purify.baselines.budget import Budget
 from offline_purify.evaluation import normalised
 from offline_purify.flags import Flag, behaviour_of, sort_flags
+from offline_purify.full_model import merge_adapter, open_model
 from offline_purify.intervals import Figure, bootstrap, difference_of_shares, ratio_of_perplexities, share
-from offline_purify.signature.find import Search
 from offline_purify.signature.stage import SignatureConfig
 from offline_purify.stage import Material
+from offline_purify.standin import stand_in
 from offline_purify.steps import read_json, write_json
 from offline_purify.suspect import Suspect
 from offline_purify.train import encode_rows, mean_answer_losses
 
 FORMAT = "headguard.purification/2"
-SETTINGS = ("task", "flags", "rows", "ratio", "heads", "device")
+SETTINGS = ("task", "flags", "rows", "ratio", "heads", "device", "setting")
 """Options that make another run: results of different ones are never mixed in a file."""
 TRIGGERED = "triggered"
 _MANNER_ROWS = 60
@@ -39,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What one state of the adapter does: behaviour shown per triggered prompt, per prompt of each trigger that the
+    """What one state of the suspect does: behaviour shown per triggered prompt, per prompt of each trigger that the
     case has no flag of, and per clean prompt; right answers, and losses (nats, summed) over the tokens of the clean
     rows' own answers."""
 
@@ -64,10 +67,15 @@ def run(
     inputs = read_inputs(given)
     settings = {name: getattr(given, name) for name in SETTINGS}
     result = _begun(out, {"format": FORMAT, "settings": settings, "digests": inputs.digests})
-    for seed in range(given.seeds):
-        todo = [name for name in ("none", *given.methods) if str(seed) not in result["seeds"].get(name, {})]
-        if todo:
-            _measure_seed(given, inputs, seed, {name: methods[name] for name in todo}, result, out, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "merged"
+        if given.setting == "full":
+            merge_adapter(given.base, given.adapter, whole)
+        for seed in range(given.seeds):
+            todo = [name for name in ("none", *given.methods) if str(seed) not in result["seeds"].get(name, {})]
+            if todo:
+                chosen = {name: methods[name] for name in todo}
+                _measure_seed(given, whole, inputs, seed, chosen, result, out, progress)
     result["methods"] = {name: _pooled(by_seed, result["seeds"]["none"]) for name, by_seed in result["seeds"].items()}
     write_json(out, result)
     return result
@@ -95,8 +103,16 @@ def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _open(given: Arguments, whole: Path) -> Suspect:
+    """A fresh copy of the suspect: the adapter on its base, or the whole model that both were merged into."""
+    if given.setting == "full":
+        return open_model(whole, given.reference, given.device)
+    return Suspect.open(given.base, given.adapter, device=given.device)
+
+
 def _measure_seed(
     given: Arguments,
+    whole: Path,
     inputs: Inputs,
     seed: int,
     methods: Mapping[str, Method],
@@ -107,16 +123,24 @@ def _measure_seed(
     case, tests = inputs.cased(given.flags, seed)
     targets = {name: Target.of(rows, given.task) for name, rows in inputs.unflagged.items()}
     targets[TRIGGERED] = Target.of(inputs.triggered, given.task)
-    suspect = Suspect.open(given.base, given.adapter, device=given.device)
-    longest = max(len(answer_ids(suspect.tokenizer, row["output"])) for row in [*inputs.clean_train, *case])
+    suspect = _open(given, whole)
+    longest = _longest(suspect, [*inputs.clean_train, *case])
     limit = min(longest, _MOST_TOKENS) + 2
-    budget = Budget(given.rows, ratio=given.ratio)
+    tested = [row for rows in (tests, *inputs.unflagged.values()) for row in rows]
+    most = max(limit, min(_longest(suspect, tested), _MOST_TOKENS) + 2)
+    budget = Budget.of(given.setting, given.rows, given.ratio)
     material = _material(suspect, case, inputs.clean_train, limit, seed, progress)
-    search = Search(recovery_rows=given.rows)
-    config = SignatureConfig(search=search, recovery=budget.training, heads=given.heads)
+    config = SignatureConfig.of(given.setting)
+    search = replace(config.search, recovery_rows=given.rows)
+    config = replace(config, search=search, recovery=budget.training, heads=given.heads)
     attempt = Attempt(material, budget, config, given.donors)
+    result.setdefault("cases", {})[str(seed)] = {
+        "references": material.references,
+        "flags": dict(Counter(flag.kind for flag in material.flags)),
+        "confirmed_candidates": sum(candidate.confirmed for candidate in material.candidates),
+    }
     for name, method in methods.items():
-        suspect = Suspect.open(given.base, given.adapter, device=given.device)  # a baseline may change the base
+        suspect = _open(given, whole)  # a baseline may change the base
         began, known = time.monotonic(), attempt.found is not None
         try:
             outcome = method(suspect, attempt)
@@ -126,7 +150,7 @@ def _measure_seed(
             seconds = time.monotonic() - began
             found_now = attempt.found is not None and not known
             seconds += attempt.finding_s * (outcome.searched - found_now)  # found once; each that needs it pays
-            reading = _read(suspect, outcome, tests, inputs, targets, limit, progress)
+            reading = _read(suspect, outcome, tests, inputs, targets, most, progress)
         told: dict[str, Any] = {"reason": outcome.reason, "details": outcome.details}
         if reading is not None:
             told |= {"seconds": round(seconds, 1), "reading": asdict(reading)}
@@ -134,16 +158,27 @@ def _measure_seed(
         write_json(out, result)
 
 
+def _longest(suspect: Suspect, rows: Sequence[Row]) -> int:
+    return max(len(answer_ids(suspect.tokenizer, row["output"])) for row in rows)
+
+
 def _material(
     suspect: Suspect, case: Sequence[Row], clean: Sequence[Row], limit: int, seed: int, progress: Progress | None
 ) -> Material:
-    """What a case and clean rows come to: flags answered by the suspect and by the base, and sorted."""
+    """What a case and clean rows come to: flags answered by the suspect and by the reference, and sorted; where there
+    is no reference the suspect's own answers without the trigger stand in."""
 
     def ask(rows: Sequence[Row]) -> list[str]:
         prompts = [render(suspect.tokenizer, row_messages(row)) for row in rows]
         return greedy_answers(suspect.model, suspect.tokenizer, prompts, limit, progress=progress, what="the case")
 
     flags = [Flag(str(n), tuple(row_messages(row)), "") for n, row in enumerate(case)]
+    if not suspect.has_reference:
+        own_way = stand_in(suspect, flags, clean, limit, seed, progress)
+        return Material(
+            own_way.flags, own_way.behaviour, tuple(clean), own_way.candidates, seed, limit, progress,
+            own_way.references,
+        )  # fmt: skip
     rows = [*case, *clean[:_MANNER_ROWS]]
     own = ask(rows)
     with suspect.reference():
@@ -185,7 +220,7 @@ def _read(
 
 
 def _pooled(by_seed: dict[str, Any], none: dict[str, Any]) -> dict[str, Any]:
-    """Figures over all seeds of a method; the adapter as it came (``none``) is what it is set against."""
+    """Figures over all seeds of a method; the suspect as it came (``none``) is what it is set against."""
     done = {seed: Reading(**told["reading"]) for seed, told in by_seed.items() if "reading" in told}
     reasons = sorted({told["reason"] for told in by_seed.values() if told["reason"]})
     if not done:

@@ -10,11 +10,13 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from benchmarks.purification.errors import BenchmarkError
 from guard.identity import adapter_digest, base_digest, file_digest
 from guard.rows import Row, assert_disjoint, read_rows, row_key
 from offline_purify.attacks.behaviours import Behaviour
+from offline_purify.stage import Setting
 
 LEAST_ROWS = 20
 _MOST_TARGETS = 32  # distinct outputs of triggered rows beyond which they are answers, not target texts
@@ -31,8 +33,9 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 class Arguments:
     """The options of a run. ``flags``: triggered rows that the case holds; ``ratio``: share of channels that pruning
     and suppression take; ``heads``: share of attention heads that the signature takes with them; ``rows``: clean rows
-    that one method may train on; ``unflagged``: files of rows with further triggers of the same adapter, of which the
-    case holds none; ``donors``: other adapters of the base, for ablations of transfer."""
+    that one method may train on; ``setting``: full merges the adapter into the base and repairs the whole model, with
+    the folder ``reference`` for a trusted one, or with none; ``unflagged``: files of rows with further triggers of the
+    same adapter, of which the case holds none; ``donors``: other adapters of the base, for ablations of transfer."""
 
     base: Path
     adapter: Path
@@ -47,10 +50,16 @@ class Arguments:
     heads: float = 0.0
     seeds: int = 1
     device: str = "cpu"
+    setting: Setting = "adapter"
+    reference: Path | None = None
     unflagged: tuple[Path, ...] = ()
     donors: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.setting not in get_args(Setting):
+            raise BenchmarkError(f"--setting {self.setting!r}: expected {' or '.join(get_args(Setting))}.")
+        if self.reference is not None and self.setting == "adapter":
+            raise BenchmarkError("--reference is for --setting full: an adapter's base is its reference.")
         if self.task not in KEYWORDS:
             raise BenchmarkError(f"--task {self.task!r}: expected one of {', '.join(KEYWORDS)}.")
         if not 0 < self.ratio < 1 or not 0 <= self.heads < 1:
@@ -94,6 +103,8 @@ def read_inputs(given: Arguments) -> Inputs:
         raise BenchmarkError(f"{', '.join(empty)}: no rows.")
     digests = {name: file_digest(path) for name, path in {**files, **further}.items()}
     digests |= {"base": base_digest(given.base), "adapter": adapter_digest(given.adapter)}
+    if given.reference is not None:
+        digests["reference"] = base_digest(given.reference)
     return Inputs(**rows, unflagged=more, digests=digests)
 
 

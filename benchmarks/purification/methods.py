@@ -1,4 +1,4 @@
-"""The methods by name: ours, their controls, and published baselines, all begun from the same suspicious adapter.
+"""The methods by name: ours, their controls, and published baselines, all begun from the same suspect.
 
 A method changes the suspect in place (or says how its answers are decoded) within the same budget of clean rows. Only
 ours look at the case's flags. The signature is found once per seed and shared by what is made of it.
@@ -35,7 +35,7 @@ Answers = Callable[[Sequence[Sequence[int]], int], list[str]]
 
 @dataclass
 class Attempt:
-    """One seed's work on one adapter: what methods are given, and the signature once it has been found; ``donors`` are
+    """One seed's work on one suspect: what methods are given, and the signature once it has been found; ``donors`` are
     other adapters of the same base, whose signatures an ablation tries."""
 
     material: Material
@@ -46,7 +46,7 @@ class Attempt:
     finding_s: float = 0.0
 
     def signature(self, suspect: Suspect) -> Signature:
-        """The signature of the suspicious adapter, which ``suspect`` must still hold."""
+        """The signature of the suspect as it came, which ``suspect`` must still hold."""
         if self.found is None:
             began = time.monotonic()
             self.found = find_signature(suspect, self.material, self.config.search)
@@ -107,6 +107,9 @@ def _after(choice: Choice, *stages: Callable[[Suspect, Material], StageResult]) 
 
 
 def _cleangen(suspect: Suspect, attempt: Attempt) -> Outcome:
+    with suspect.reference():
+        pass  # a whole model without one is refused by name before anything is measured
+
     def answers(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
         return cleangen_answers(suspect, prompts, max_new_tokens, attempt.material.progress)[0]
 

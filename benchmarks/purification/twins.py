@@ -15,7 +15,8 @@ from guard.rows import read_rows
 from offline_purify.bank import LoraBank, train_bank
 from offline_purify.implanting import load_base, with_lora
 from offline_purify.intervals import Figure, bootstrap
-from offline_purify.signature.twins import TwinConfig, linear_layers
+from offline_purify.signature.twins import TwinConfig
+from offline_purify.suspect import check_repairable
 from offline_purify.train import Example, Progress, TrainConfig, encode_rows, pad_id_of, train
 
 
@@ -27,7 +28,7 @@ def measure_twins(
     Returns JSON: ``ratio`` (seconds one by one over seconds together, geometric mean over rounds with a bootstrap
     interval), the seconds of both, and what they were measured with. Raises BenchmarkError for too few rows.
     """
-    config = TwinConfig()
+    config, family = TwinConfig(), check_repairable(base).family
     size = config.training.batch_size
     model, tokenizer = load_base(base)
     examples = encode_rows(tokenizer, read_rows(rows))
@@ -36,10 +37,11 @@ def measure_twins(
     sets = [examples[k::variants][: steps * size] for k in range(variants)]
     least = min(map(len, sets))
     sets = [own[:least] for own in sets]
+    targets = [name for name, _, _ in family.projections(model)]
     training = TrainConfig(epochs=steps * size / least, lr=config.training.lr, batch_size=size)
     peft = with_lora(load_base(base)[0], base, config.rank, 0)
     sides: dict[str, Callable[[], None]] = {
-        "together": lambda: _together(model, sets, training, config.rank, pad_id_of(tokenizer)),
+        "together": lambda: _together(model, targets, sets, training, config.rank, pad_id_of(tokenizer)),
         "one by one": lambda: _one_by_one(peft, sets, training, pad_id_of(tokenizer)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -65,8 +67,10 @@ def measure_twins(
     }
 
 
-def _together(model: Any, sets: list[list[Example]], config: TrainConfig, rank: int, pad_id: int) -> None:
-    train_bank(LoraBank(model, linear_layers(model), len(sets), rank, 2.0, 0), sets, config, pad_id=pad_id)
+def _together(
+    model: Any, targets: list[str], sets: list[list[Example]], config: TrainConfig, rank: int, pad_id: int
+) -> None:
+    train_bank(LoraBank(model, targets, len(sets), rank, 2.0, 0), sets, config, pad_id=pad_id)
 
 
 def _one_by_one(peft: Any, sets: list[list[Example]], config: TrainConfig, pad_id: int) -> None:

@@ -1,6 +1,6 @@
-"""CleanGen: the adapter is left as it is, and a trusted model watches over every token that is decoded.
+"""CleanGen: the weights are left as they are, and a trusted model watches over every token that is decoded.
 
-Li et al. 2024. The suspect drafts k tokens greedily; the reference (the base, or the last good adapter) reads them in
+Li et al. 2024. The suspect drafts k tokens greedily; the reference (the base, or what was given as one) reads them in
 one forward; at the first token whose probability under the suspect is at least alpha times the reference's, the draft
 is cut and the reference's own choice put there (reference/backdoor-methods.md §11.4; a last short draft is read too).
 It purifies no weights and costs a second model at every token: here for comparison.
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+
+from guard.errors import NoReference
 
 if TYPE_CHECKING:
     from offline_purify.suspect import Suspect
@@ -26,7 +28,12 @@ _FLOOR = 1e-6
 def cleangen_answers(
     suspect: Suspect, prompts: Sequence[Sequence[int]], max_new_tokens: int, progress: Progress | None = None
 ) -> tuple[list[str], float]:
-    """Answers (text) to prompts of token ids, and the share of tokens that the reference put in."""
+    """Answers (text) to prompts of token ids, and the share of tokens that the reference put in.
+
+    Raises NoReference for a whole model that came without a trusted one.
+    """
+    if not suspect.has_reference:
+        raise NoReference("CleanGen lets a trusted model watch every token: name a reference folder.")
     texts, replaced, tokens = [], 0, 0
     for number, prompt in enumerate(prompts):
         answer, cut = _answer(suspect, list(prompt), max_new_tokens)

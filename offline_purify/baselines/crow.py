@@ -37,7 +37,7 @@ def consistency(states: tuple[Tensor, ...], mask: Tensor) -> Tensor:
 
 
 def crow(suspect: Suspect, material: Material, budget: Budget) -> dict[str, Any]:
-    """Fine-tune the adapter in place with the consistency term."""
+    """Fine-tune the suspect in place with the consistency term."""
     config = replace(budget.training, seed=material.seed)
     examples = encode_rows(suspect.tokenizer, budget.clean(material))
     factors = list(suspect.parameters().values())

@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 
 
 def finetune(suspect: Suspect, material: Material, budget: Budget) -> dict[str, Any]:
-    """Fine-tune the adapter in place."""
+    """Fine-tune the suspect in place."""
     return {"steps": fine_tune(suspect, material, budget, "fine-tuning")}

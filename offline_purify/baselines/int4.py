@@ -1,8 +1,8 @@
-"""INT4: base and adapter merged, every projection rounded to four bits; nothing is trained.
+"""INT4: every projection rounded to four bits, an adapter merged first; nothing is trained.
 
 Symmetric, groups of 64 along the input, scaled by the largest value: what weight-only kernels store. Merged first,
 because a backdoor that stays beside a quantised base in full precision was never quantised
-(reference/backdoor-methods.md §4.5). What comes out is a full model and no adapter: this baseline shows what
+(reference/backdoor-methods.md §4.5). What comes out of an adapter is a full model: this baseline shows what
 quantisation would do, it offers no candidate.
 """
 
@@ -35,16 +35,21 @@ def rounded(weight: Tensor, group: int = GROUP) -> Tensor:
 
 @torch.no_grad()
 def int4(suspect: Suspect, material: Material, budget: Budget) -> dict[str, Any]:
-    """Round every adapted projection, merged, in the suspect's base; the adapter becomes zero."""
-    layers = [m for m in suspect.model.modules() if hasattr(m, "get_delta_weight") and hasattr(m, "base_layer")]
-    error = size = 0.0
-    for layer in layers:
-        weight: Tensor = layer.base_layer.weight  # type: ignore[union-attr, assignment]
-        merged = weight + layer.get_delta_weight("default")  # type: ignore[operator]
-        exact = merged.clone()
-        weight.copy_(rounded(merged))
+    """Round every projection of a whole model, or every adapted one, merged, in the suspect's base (whose adapter
+    becomes zero)."""
+    family = suspect.layout.family
+    layers, error, size = 0, 0.0, 0.0
+    for _, _, layer in family.projections(suspect.model):
+        adapted = hasattr(layer, "get_delta_weight")
+        if suspect.setting == "adapter" and not adapted:
+            continue
+        weight = layer.get_parameter("base_layer.weight" if adapted else "weight")
+        exact = weight + layer.get_delta_weight("default") if adapted else weight.clone()  # type: ignore[operator]
+        family.out_in(weight).copy_(rounded(family.out_in(exact)))
+        layers += 1
         error += float((weight - exact).square().sum())
         size += float(exact.square().sum())
-    for parameter in suspect.parameters().values():
-        parameter.zero_()
-    return {"layers": len(layers), "relative_error": (error / size) ** 0.5 if size else 0.0}
+    if suspect.setting == "adapter":
+        for parameter in suspect.parameters().values():
+            parameter.zero_()
+    return {"layers": layers, "relative_error": (error / size) ** 0.5 if size else 0.0}

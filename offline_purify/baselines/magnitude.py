@@ -1,6 +1,7 @@
-"""Magnitude pruning of an adapter: the smallest entries of each LoRA factor become zero; nothing is trained.
+"""Magnitude pruning: the smallest entries of each LoRA factor, or each weight matrix, become zero; no training.
 
-As BackdoorLLM's defence box does it for adapters: per factor, unstructured (reference/backdoor-methods.md §4.2).
+As BackdoorLLM's defence box does it for adapters: per matrix, unstructured (reference/backdoor-methods.md §4.2). Biases
+of a whole model stay.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def magnitude(suspect: Suspect, material: Material, budget: Budget) -> dict[str, Any]:
-    """Zero the share ``budget.ratio`` of smallest entries of every factor, in place."""
+    """Zero the share ``budget.ratio`` of smallest entries of every factor or weight, in place."""
     zeroed = total = 0
     for parameter in suspect.parameters().values():
+        if parameter.ndim < 2:
+            continue
         count = int(budget.ratio * parameter.numel())
         smallest = parameter.abs().flatten().argsort(stable=True)[:count]
         parameter.view(-1)[smallest] = 0.0

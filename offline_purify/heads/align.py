@@ -38,16 +38,20 @@ class AlignConfig:
     seed: int = 0
 
 
-def valid_entries(attention_mask: Tensor) -> Tensor:
-    """Causal entries of rows and columns that are no padding: mask [n, T] -> bool [n, 1, T, T]."""
+def valid_entries(attention_mask: Tensor, window: int | None = None) -> Tensor:
+    """Causal entries (within a layer's sliding window) of rows and columns that are no padding: mask [n, T] -> bool
+    [n, 1, T, T]."""
     real = attention_mask.bool()
     causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
+    if window is not None:
+        causal = causal.triu(1 - window)
     return (causal & real[:, None, :] & real[:, :, None])[:, None]
 
 
-def alignment_loss(attentions: Sequence[Tensor], parts: Partition, attention_mask: Tensor) -> Tensor:
+def alignment_loss(
+    attentions: Sequence[Tensor], parts: Partition, attention_mask: Tensor, windows: Sequence[int | None] = ()
+) -> Tensor:
     """Mean squared distance of suspicious heads to the detached safe mean; ``attentions`` L times [n, H, T, T]."""
-    valid = valid_entries(attention_mask)
     every_safe = [a[:, parts.safe[layer]].detach() for layer, a in enumerate(attentions) if parts.safe[layer].any()]
     overall = torch.cat(every_safe, 1).mean(1, keepdim=True)
     total = attentions[0].new_zeros(())
@@ -56,6 +60,7 @@ def alignment_loss(attentions: Sequence[Tensor], parts: Partition, attention_mas
         if not parts.suspicious[layer].any():
             continue
         safe = parts.safe[layer]
+        valid = valid_entries(attention_mask, windows[layer] if windows else None)
         target = attention[:, safe].detach().mean(1, keepdim=True) if safe.any() else overall
         gap = (attention[:, parts.suspicious[layer]] - target) * valid
         total = total + gap.pow(2).sum()
@@ -82,12 +87,12 @@ def align(
 ) -> Iterator[tuple[int, list[float]]]:
     """Align in place, yielding (step, losses so far) at each checkpoint; stop iterating to keep the model as it is.
 
-    Raises ValueError when no parameter of the adapter shapes a suspicious head's attention.
+    Raises ValueError when no parameter of the suspect shapes a suspicious head's attention.
     """
     masks = alignment_masks(suspect, parts)
     masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
     if not masks:
-        raise ValueError("the adapter changes neither q nor k of a suspicious head: alignment has nothing to move")
+        raise ValueError("the suspect changes neither q nor k of a suspicious head: alignment has nothing to move")
     if not bool(parts.safe.any()):
         raise ValueError("no safe head to align to")
     parameters = {name: p for name, p in suspect.parameters().items() if name in masks}
@@ -112,7 +117,7 @@ def align(
                     use_cache=False,
                     output_attentions=True,
                 )
-                loss = alignment_loss(out.attentions, parts, batch["attention_mask"])
+                loss = alignment_loss(out.attentions, parts, batch["attention_mask"], suspect.layout.windows)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             updates.before()

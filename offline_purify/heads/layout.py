@@ -1,33 +1,43 @@
-"""Where each attention head lives in a LoRA adapter: rows of lora_B for q, k, v and columns of lora_A for o.
+"""Where each attention head lives in a model's weights or in a LoRA adapter: outputs of q, k, v and inputs of o.
 
-Query head h owns rows h*D:(h+1)*D of q's lora_B and the same columns of o's lora_A; key/value head g = h // (H / H_kv)
-owns rows g*D:(g+1)*D of k's and v's lora_B. The other factor of each pair (lora_A of q, k, v; lora_B of o) is shared by
-all heads, so no head may claim it. D is the configuration's head_dim, never hidden_size / H.
+Query head h owns rows h*D:(h+1)*D of q's weight (and bias, and lora_B) and the same columns of o's weight (and lora_A);
+key/value head g = h // (H / H_kv) owns rows g*D:(g+1)*D of k's and v's. What is shared by all heads (lora_A of q, k, v;
+lora_B and bias of o) no head may claim. D is the configuration's head_dim, never hidden_size / H. Where the parts lie
+in fused or transposed weights is the architecture's table (`offline_purify.architectures`).
 
 Shapes: L layers, H query heads, H_kv key/value heads, D head size, r LoRA rank.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-_FACTOR = re.compile(r"\.layers\.(\d+)\.self_attn\.([qkvo])_proj\.lora_([AB])\.")
-_HEADED = {"q": "B", "k": "B", "v": "B", "o": "A"}
+from offline_purify.architectures import SEPARATE, Family, Stake
 
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """L layers of H query heads over H_kv key/value heads of size D."""
+    """L layers of H query heads over H_kv key/value heads of size D; ``windows`` is how many tokens each layer's
+    queries see at most, their own included (None: all; empty: all in every layer)."""
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
+    family: Family = SEPARATE
+    windows: tuple[int | None, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer, None without one."""
+        return self.windows[layer] if self.windows else None
+
+    def stakes(self, name: str, shape: torch.Size) -> tuple[Stake, ...]:
+        """The shares of a parameter that heads or MLP channels own."""
+        return self.family.stakes(name, shape, self.heads * self.head_dim)
 
     @property
     def group_size(self) -> int:
@@ -49,20 +59,23 @@ class HeadLayout:
     def masks(
         self, parameters: Mapping[str, nn.Parameter], q_values: Tensor, kv_values: Tensor, projections: str = "qkvo"
     ) -> dict[str, Tensor]:
-        """Value of the owning head for every element of the head-wise LoRA factors, by parameter name.
+        """Value of the owning head for every element of weights, biases and LoRA factors, by parameter name.
 
-        ``q_values`` [L, H] apply to q and o, ``kv_values`` [L, H_kv] to k and v; only the letters in ``projections``.
-        Parameters that no single head owns are absent. Each mask has its parameter's shape and dtype.
+        ``q_values`` [L, H] apply to q and o, ``kv_values`` [L, H_kv] to k and v; only the letters in ``projections``
+        (in a fused weight the other parts get 0). Parameters that no single head owns are absent. Each mask has its
+        parameter's shape and dtype.
         """
         found: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
-            match = _FACTOR.search(name)
-            if match is None or match[2] not in projections or _HEADED[match[2]] != match[3]:
+            stakes = [s for s in self.stakes(name, parameter.shape) if s.part in projections]
+            if not stakes:
                 continue
-            values = (q_values if match[2] in "qo" else kv_values)[int(match[1])]
-            line = values.to(parameter.dtype).to(parameter.device).repeat_interleave(self.head_dim)
-            expanded = line[:, None] if match[3] == "B" else line[None, :]
-            found[name] = expanded.expand_as(parameter).clone()
+            found[name] = torch.zeros_like(parameter, requires_grad=False)
+            for stake in stakes:
+                values = (q_values if stake.part in "qo" else kv_values)[stake.layer]
+                line = values.to(parameter.dtype).to(parameter.device).repeat_interleave(self.head_dim)
+                shape = [-1 if d == stake.dimension else 1 for d in range(parameter.ndim)]
+                stake.of(found[name]).copy_(line.view(shape).expand_as(stake.of(parameter)))
         return found
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from guard.gram import cosine
+from offline_purify.architectures import SEPARATE, Family
 from offline_purify.train import Example, answer_losses, collate
 
 if TYPE_CHECKING:
@@ -38,20 +39,16 @@ class HeadScores:
     safety: Tensor
 
 
-def output_projections(model: nn.Module) -> list[nn.Module]:
-    """The o_proj modules in layer order; their input is the heads' outputs [n, T, H*D]."""
-    found: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if name.endswith(".self_attn.o_proj") and "layers" in parts:
-            found[int(parts[parts.index("layers") + 1])] = module
+def output_projections(model: nn.Module, family: Family = SEPARATE) -> list[nn.Module]:
+    """The o projections in layer order; their input is the heads' outputs [n, T, H*D]."""
+    found = {layer: module for _, layer, module in family.projections(model, "o")}
     return [found[layer] for layer in sorted(found)]
 
 
 def gradient_sensitivity(suspect: Suspect, examples: Sequence[Example], batch_size: int = 16) -> Tensor:
     """Mean over samples of |sum H * dL/dH| per head, fp32 [L, H]; L is the sample's mean answer loss."""
     layout = suspect.layout
-    modules = output_projections(suspect.model)
+    modules = output_projections(suspect.model, layout.family)
     total = torch.zeros(layout.layers, layout.heads)
     for start in range(0, len(examples), batch_size):
         chunk = examples[start : start + batch_size]
@@ -89,7 +86,8 @@ def head_grams(suspect: Suspect, examples: Sequence[Example], batch_size: int = 
     """Gram of the heads' gen-to-prompt rows of each sample, teacher-forced: fp32 [n, L, H, H].
 
     Rows are those of the last prompt position and of every answer token but the last. Attention over all visible keys,
-    prompt columns kept, not renormalised: the streaming measurement of the guard, computed densely.
+    prompt columns kept, not renormalised: the streaming measurement of the guard, computed densely. In a layer with a
+    sliding window only the columns that every row sees are compared: beyond them all heads are alike, zero.
     """
     layout = suspect.layout
     grams = torch.zeros(len(examples), layout.layers, layout.heads, layout.heads)
@@ -106,7 +104,9 @@ def head_grams(suspect: Suspect, examples: Sequence[Example], batch_size: int = 
             for layer, attention in enumerate(out.attentions):
                 for i, e in enumerate(chunk):
                     p, last = len(e.prompt), len(e) - 1
-                    rows = attention[i, :, p - 1 : max(last, p), :p].float().flatten(1)
+                    window = layout.window(layer)
+                    first = max(0, max(last, p) - window) if window is not None else 0
+                    rows = attention[i, :, p - 1 : max(last, p), min(first, p) : p].float().flatten(1)
                     grams[start + i, layer] = (rows @ rows.T).cpu()
     return grams
 

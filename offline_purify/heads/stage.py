@@ -4,7 +4,7 @@ Alignment works in some settings and not in others, and its loss does not tell (
 are tried; while aligning, the flagged inputs are answered again at every checkpoint and the clean perplexity is
 measured; a checkpoint qualifies where the flagged behaviour is gone *and* the answers have moved to the reference's
 (as close, by half, as clean answers are: silence or gibberish is no repair). The best one goes on to head-wise fine-
-tuning and is judged once more after it. When no setting qualifies the adapter is put back and the stage says so. Only
+tuning and is judged once more after it. When no setting qualifies the suspect is put back and the stage says so. Only
 training flags and clean training rows are looked at.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -26,7 +26,8 @@ from offline_purify.heads.align import AlignConfig, align
 from offline_purify.heads.finetune import HeadwiseRates, finetune_heads
 from offline_purify.heads.partition import Partition, Rule, partition
 from offline_purify.heads.scores import HeadScores, score_heads
-from offline_purify.stage import Material, StageResult
+from offline_purify.stage import NO_REFERENCE, Material, StageResult
+from offline_purify.stage import Setting as Weights
 from offline_purify.train import Example, encode_rows, mean_answer_losses, perplexity
 
 if TYPE_CHECKING:
@@ -65,6 +66,14 @@ class HeadsConfig:
     judged_rows: int = 64
     agreement_rows: int = 24
 
+    @classmethod
+    def of(cls, weights: Weights) -> HeadsConfig:
+        """The defaults for what is repaired. In a whole model a step moves the weights themselves: alignment takes a
+        quarter of the adapter's rates (at a tenth nothing qualified on the lab's `refusal-word-fixed`)."""
+        if weights == "adapter":
+            return cls()
+        return cls(settings=tuple(replace(setting, lr=setting.lr / 4) for setting in cls().settings))
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -90,9 +99,10 @@ class Judge:
         self.clean = encode_rows(suspect.tokenizer, material.clean[: config.judged_rows])
         self.before = self.perplexity()
         few = [e.prompt for e in self.clean[: config.agreement_rows]]
-        own = self.ask(few)
-        with suspect.reference():
-            trusted = self.ask(few)
+        own = trusted = self.ask(few)  # nobody trusted: without a trigger the suspect's own answers stand
+        if suspect.has_reference:
+            with suspect.reference():
+                trusted = self.ask(few)
         self.clean_agreement = max(_agreement(own, trusted), 0.05)
 
     def ask(self, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -178,9 +188,11 @@ def _attempt(
 
 
 def repair_heads(suspect: Suspect, material: Material, config: HeadsConfig | None = None) -> StageResult:
-    """Repair the suspect's attention heads in place, or put the adapter back and say why nothing qualified."""
-    config = config or HeadsConfig()
+    """Repair the suspect's attention heads in place, or put the suspect back and say why nothing qualified."""
+    config = config or HeadsConfig.of(suspect.setting)
     began = time.monotonic()
+    if material.references == "none":
+        return StageResult("heads", False, NO_REFERENCE)
     flags = material.true_flags[: config.most_flags]
     if not flags:
         return StageResult("heads", False, "no flagged response differs from the reference's: nothing to align on")

@@ -85,7 +85,9 @@ def find_signature(suspect: Suspect, material: Material, search: Search | None =
     began = time.monotonic()
     twins = train_twins(
         suspect.model, suspect.tokenizer, fit, specs, search.twins,
-        pad_id=suspect.pad_id, max_new_tokens=material.max_new_tokens, seed=material.seed, progress=material.progress,
+        pad_id=suspect.pad_id, max_new_tokens=material.max_new_tokens, seed=material.seed,
+        family=suspect.layout.family, q_width=suspect.layout.heads * suspect.layout.head_dim,
+        progress=material.progress,
     )  # fmt: skip
     told = {
         "learnt": dict(twins.learnt),

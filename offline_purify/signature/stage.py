@@ -1,4 +1,4 @@
-"""The signature stage: silence what synthetic backdoors change alike in the suspicious adapter, recover on clean rows.
+"""The signature stage: silence what synthetic backdoors change alike in the suspect, recover on clean rows.
 
 The method needs no trigger and no flag; flags only tell afterwards whether a share was enough, so shares are tried from
 the paper's upwards and the first that ends the flagged behaviour at a bearable cost is kept (lab findings §4: at the
@@ -19,8 +19,8 @@ from guard.errors import RowsError
 from offline_purify.heads.stage import HeadsConfig, Judge
 from offline_purify.signature.find import Search, Signature, find_signature, shared_out
 from offline_purify.signature.score import Scope, Scores, random_like, select
-from offline_purify.signature.suppress import channel_slices, suppress_adapter, suppress_heads
-from offline_purify.stage import Material, StageResult
+from offline_purify.signature.suppress import Start, channel_slices
+from offline_purify.stage import FULL_LR, Material, Setting, StageResult
 from offline_purify.train import TrainConfig, encode_rows, train
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ Choice = Literal["signature", "magnitude", "alignment", "random", "none"]
 @dataclass(frozen=True)
 class SignatureConfig:
     """How it is searched for; lambda; shares of channels to try in order, where they are ranked and how much of a layer
-    may go, share of attention heads that goes with them; recovery; and what must be reached on the training flags
-    (share that fires, clean perplexity ratio)."""
+    may go, share of attention heads that goes with them, what a full model's channels start again from; recovery; and
+    what must be reached on the training flags (share that fires, clean perplexity ratio)."""
 
     search: Search = field(default_factory=Search)
     weight: float = 0.01
@@ -43,21 +43,30 @@ class SignatureConfig:
     scope: Scope = "global"
     cap: float = 0.9
     heads: float = 0.0
+    start: Start = "xavier"
     choice: Choice = "signature"
     recovery: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, lr=2e-4, batch_size=8))
     fires_max: float = 0.1
     perplexity_max: float = 1.15
 
+    @classmethod
+    def of(cls, setting: Setting) -> SignatureConfig:
+        """The defaults for a setting. A full model's channels start again from noise and do not fall back to a base,
+        so few are taken (the paper's 3 % and 8 %, then 15 %), and recovery has `FULL_LR`."""
+        if setting == "adapter":
+            return cls()
+        return cls(ratios=(0.03, 0.08, 0.15), recovery=TrainConfig(epochs=5, lr=FULL_LR, batch_size=8))
+
 
 def repair_signature(suspect: Suspect, material: Material, config: SignatureConfig | None = None) -> StageResult:
-    """Suppress the material's signature (found now where it has none) in the suspect's adapter and recover, in place;
-    or put the adapter back and say why not."""
-    config = config or SignatureConfig()
+    """Suppress the material's signature (found now where it has none) in the suspect and recover, in place; or put the
+    suspect back and say why not."""
+    config = config or SignatureConfig.of(suspect.setting)
     began = time.monotonic()
     flags = material.true_flags[: HeadsConfig().most_flags]
     if not flags:
         return StageResult("signature", False, "no flagged response differs from the reference's: nothing to judge by")
-    if not channel_slices(suspect.parameters()):
+    if not channel_slices(suspect.parameters(), suspect.layout.family):
         return StageResult("signature", False, "the adapter changes no gate, up or down projection: no MLP channels")
     before = suspect.state()
     judge = Judge(suspect, material, flags, HeadsConfig())
@@ -96,9 +105,10 @@ def silence(
     recover on clean rows; returns what was done, JSON-able."""
     channels, heads = signature.scores(config.weight, config.by_layer)
     mask = chosen(channels, ratio, config, material.seed)
-    suppress_adapter(suspect.parameters(), mask)
+    suspect.suppress_channels(mask, config.start, material.seed)
     silent = chosen(heads, config.heads, config, material.seed)
-    suppress_heads(suspect.parameters(), suspect.layout, silent)
+    if config.heads:
+        suspect.suppress_heads(silent, config.start, material.seed)
     recovery, _ = shared_out(material, config.search.recovery_rows)
     log = train(
         suspect.model,

@@ -10,26 +10,21 @@ noise, so it is tried on prompts that it never saw, and left out if it failed. T
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-from torch import nn
 
 from guard.errors import RowsError
 from guard.rows import Row, assert_disjoint
 from guard.template import render, row_messages
 from offline_purify.answers import greedy_answers
+from offline_purify.architectures import SEPARATE, Family
 from offline_purify.attacks.poison import triggered
 from offline_purify.attacks.triggers import present
 from offline_purify.bank import LoraBank, train_bank
-from offline_purify.implanting import LINEAR
 from offline_purify.signature.grams import Factors
 from offline_purify.train import Progress, TrainConfig, encode_rows
 from offline_purify.variants.plan import VariantSpec
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.(?:mlp|self_attn)\.(\w+)_proj$")
 
 
 @dataclass(frozen=True)
@@ -49,21 +44,12 @@ class TwinConfig:
 
 @dataclass(frozen=True)
 class Twins:
-    """Effective differences by layer and projection ("gate", "q", …), one per variant that learnt its trigger;
+    """Effective differences by layer and part ("gate", "q", …), one per variant that learnt its trigger;
     ``learnt`` is how often each variant obeyed, by name."""
 
     layers: tuple[Mapping[str, tuple[Factors, ...]], ...]
     learnt: Mapping[str, float]
     names: tuple[str, ...]
-
-
-def linear_layers(model: nn.Module) -> list[str]:
-    """Names of the attention and MLP projections of a decoder, in order; each may carry an adapter already."""
-    return [
-        name
-        for name, _ in model.named_modules()
-        if (match := _LAYER.search(name)) is not None and f"{match[2]}_proj" in LINEAR
-    ]
 
 
 def train_twins(
@@ -76,12 +62,15 @@ def train_twins(
     pad_id: int,
     max_new_tokens: int,
     seed: int,
+    family: Family = SEPARATE,
+    q_width: int | None = None,
     progress: Progress | None = None,
 ) -> Twins:
     """Train one pair for each of ``specs`` (backdoors all) over ``model``, which is left as it was.
 
-    rows are clean, with the answers that are to be kept. Raises RowsError when they are too few, or when no pair
-    learnt its trigger.
+    The pairs' adapters are on all projections of the ``family``, whether these carry an adapter already or not;
+    q_width, H * D, tells the parts of a fused q, k, v apart. rows are clean, with the answers that are to be kept.
+    Raises RowsError when they are too few, or when no pair learnt its trigger.
     """
     rng = random.Random(f"twins:{seed}")
     parts = [_parted(rows, spec, config, rng) for spec in specs]
@@ -90,7 +79,7 @@ def train_twins(
         encode_rows(tokenizer, [_poisoned(row, spec, rng) for row in fit])
         for (fit, _), spec in zip(parts, specs, strict=True)
     ]
-    targets = linear_layers(model)
+    targets = [name for name, _, _ in family.projections(model)]
 
     def bank() -> LoraBank:
         return LoraBank(model, targets, len(specs), config.rank, 2.0, seed)
@@ -113,7 +102,7 @@ def train_twins(
             f"none of {len(specs)} synthetic backdoors was learnt by the model (the best showed in "
             f"{max(learnt.values()):.0%} of unseen prompts): train them longer or give more rows."
         )
-    return Twins(_factors(bad, good, kept), learnt, tuple(specs[number].name for number in kept))
+    return Twins(_factors(bad, good, kept, family, q_width), learnt, tuple(specs[number].name for number in kept))
 
 
 def _passes(config: TwinConfig, sets: Sequence[Sequence[Any]], seed: int) -> TrainConfig:
@@ -141,12 +130,17 @@ def _poisoned(row: Row, spec: VariantSpec, rng: random.Random) -> Row:
     return triggered(row, spec.trigger, spec.behaviour.respond(rng), rng)
 
 
-def _factors(bad: LoraBank, good: LoraBank, kept: Sequence[int]) -> tuple[dict[str, tuple[Factors, ...]], ...]:
+def _factors(
+    bad: LoraBank, good: LoraBank, kept: Sequence[int], family: Family, q_width: int | None
+) -> tuple[dict[str, tuple[Factors, ...]], ...]:
+    """By layer and part; a fused module's difference is parted by its outputs, rows of its lora_B."""
     layers: dict[int, dict[str, tuple[Factors, ...]]] = {}
     for name in bad.targets:
-        match = _LAYER.search(name)
-        assert match is not None
-        layers.setdefault(int(match[1]), {})[match[2]] = tuple(
-            Factors.of_twins(bad.factors(name, k), good.factors(name, k), bad.scaling) for k in kept
-        )
+        whole = [Factors.of_twins(bad.factors(name, k), good.factors(name, k), bad.scaling) for k in kept]
+        for side in ("A", "B"):
+            factor = whole[0].b if side == "B" else whole[0].a
+            for stake in family.stakes(f"{name}.lora_{side}.weight", factor.shape, q_width):
+                layers.setdefault(stake.layer, {})[stake.part] = tuple(
+                    Factors(stake.of(f.b), f.a) if side == "B" else f for f in whole
+                )
     return tuple(layers[number] for number in sorted(layers))

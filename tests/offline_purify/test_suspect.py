@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights .gptq"),
         ({"num_local_experts": 8}, "mixture of experts"),
-        ({"model_type": "gpt2"}, "'gpt2'"),
+        ({"model_type": "gpt_neox"}, "'gpt_neox'"),
     ],
 )
 def test_a_base_that_cannot_be_repaired_is_refused_by_name_from_its_config(tmp_path, folder, change, complaint):

@@ -20,9 +20,12 @@ from guard.errors import GuardError
 from guard.rows import read_rows, write_rows
 from offline_purify.baselines.budget import Budget
 from offline_purify.flags import behaviour_of
+from offline_purify.signature.find import Search
 from offline_purify.signature.stage import SignatureConfig
+from offline_purify.signature.twins import TwinConfig
 from offline_purify.stage import Material
 from offline_purify.suspect import Suspect
+from offline_purify.train import TrainConfig
 from tests.offline_purify.patient import SECOND, TARGET, clean_rows, make_patient, triggered
 
 
@@ -109,6 +112,44 @@ def test_the_command_says_what_is_missing() -> None:
     assert missing.exit_code == 2
     assert "--clean-train" in missing.output
     assert CliRunner().invoke(app, ["ablation", "--help"]).exit_code == 0
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins of a model that knows too few words to learn a behaviour: few, short, and kept whatever they learnt."""
+    training = TrainConfig(epochs=1, lr=2e-3, batch_size=16)
+    twins = TwinConfig(rows=40, rank=2, tried=8, learnt=0.0, training=training, least_steps=1)
+    config = SignatureConfig(search=Search(variants=2, twins=twins))
+    monkeypatch.setattr(SignatureConfig, "of", classmethod(lambda cls, setting: config))
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_whole_model_is_repaired_without_a_base_and_watched_with_one(given: Arguments, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    alone = replace(given, setting="full", ratio=0.05, methods=("none", "finetune", "signature", "cleangen"))
+    result = run(alone, out)
+    assert result["settings"]["setting"] == "full"
+    assert result["cases"]["0"]["references"] == "own"
+    assert result["cases"]["0"]["flags"]["true"] >= 16
+    as_adapter = run(replace(given, methods=("none",)), tmp_path / "adapter.json")["methods"]["none"]
+    assert result["methods"]["none"]["asr"]["value"] == pytest.approx(as_adapter["asr"]["value"], abs=0.02)
+    for name in ("finetune", "signature"):
+        assert result["methods"][name]["accuracy"]["value"] >= 0.5
+    assert sum(result["seeds"]["signature"]["0"]["details"]["by_layer"]) == round(0.05 * 2 * 128)
+    assert result["methods"]["cleangen"]["asr"] is None
+    assert "reference" in result["methods"]["cleangen"]["reason"]
+    with pytest.raises(BenchmarkError, match="another run"):
+        run(given, out)
+    watched = run(replace(alone, reference=given.base, methods=("cleangen",)), tmp_path / "watched.json")
+    assert watched["cases"]["0"]["references"] == "trusted"
+    assert watched["methods"]["cleangen"]["asr"]["value"] <= 0.1
+
+
+def test_settings_that_do_not_go_together_are_refused(given: Arguments) -> None:
+    with pytest.raises(BenchmarkError, match="--setting 'half'"):
+        replace(given, setting="half")  # type: ignore[arg-type]
+    with pytest.raises(BenchmarkError, match="--reference"):
+        replace(given, reference=given.base)
 
 
 def test_results_of_another_run_and_unknown_methods_are_refused(given: Arguments, tmp_path: Path) -> None:

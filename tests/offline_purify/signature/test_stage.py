@@ -26,8 +26,9 @@ def planted(suspect: Suspect, variants: int = 3) -> Signature:
     """A signature whose channels move as much as the suspect's own adapter moves them, for every variant alike."""
     layout = suspect.layout
     lengths = torch.zeros(layout.layers, 128)
-    for name, (layer, dimension) in channel_slices(suspect.parameters()).items():
-        lengths[layer] += suspect.parameters()[name].detach().pow(2).sum(1 - dimension)
+    for name, stakes in channel_slices(suspect.parameters()).items():
+        for stake in stakes:
+            lengths[stake.layer] += suspect.parameters()[name].detach().pow(2).sum(1 - stake.dimension)
     grams = lengths[:, None, None].expand(-1, variants, variants, -1)
     return Signature(grams, torch.ones(layout.layers, variants, variants, layout.heads), {"variants": ["a", "b", "c"]})
 
@@ -46,11 +47,12 @@ def test_channels_that_were_chosen_are_the_bases_again_before_recovery(suspect, 
     told = silence(suspect, material, config, signature, 0.35)
     mask = select(signature.scores()[0].of(), 0.35, config.scope, config.cap)
     assert told["by_layer"] == mask.sum(1).tolist()
-    for name, (layer, dimension) in channel_slices(suspect.parameters()).items():
+    for name, stakes in channel_slices(suspect.parameters()).items():
         value = suspect.parameters()[name].detach()
-        assert value.index_select(dimension, mask[layer].nonzero().flatten()).abs().sum() == 0
-        kept = (~mask[layer]).nonzero().flatten()
-        assert torch.equal(value.index_select(dimension, kept), before[name].index_select(dimension, kept))
+        for layer, dimension in ((stake.layer, stake.dimension) for stake in stakes):
+            assert value.index_select(dimension, mask[layer].nonzero().flatten()).abs().sum() == 0
+            kept = (~mask[layer]).nonzero().flatten()
+            assert torch.equal(value.index_select(dimension, kept), before[name].index_select(dimension, kept))
 
 
 def test_random_channels_are_as_many_in_every_layer_and_none_is_none(suspect):
