@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from offline_purify.heads.finetune import ScaledUpdates
+from offline_purify.heads.layout import HeadOwner
 from offline_purify.heads.partition import Partition
 from offline_purify.train import Example, collate
 
@@ -38,16 +39,19 @@ class AlignConfig:
     seed: int = 0
 
 
-def valid_entries(attention_mask: Tensor) -> Tensor:
-    """Causal entries of rows and columns that are no padding: mask [n, T] -> bool [n, 1, T, T]."""
+def valid_entries(attention_mask: Tensor, causal: bool = True) -> Tensor:
+    """Entries of rows and columns that are no padding, and causal ones only unless the model is an encoder: mask
+    [n, T] -> bool [n, 1, T, T]."""
     real = attention_mask.bool()
-    causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
-    return (causal & real[:, None, :] & real[:, :, None])[:, None]
+    visible = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
+    return ((visible.tril() if causal else visible) & real[:, None, :] & real[:, :, None])[:, None]
 
 
-def alignment_loss(attentions: Sequence[Tensor], parts: Partition, attention_mask: Tensor) -> Tensor:
+def alignment_loss(
+    attentions: Sequence[Tensor], parts: Partition, attention_mask: Tensor, causal: bool = True
+) -> Tensor:
     """Mean squared distance of suspicious heads to the detached safe mean; ``attentions`` L times [n, H, T, T]."""
-    valid = valid_entries(attention_mask)
+    valid = valid_entries(attention_mask, causal)
     every_safe = [a[:, parts.safe[layer]].detach() for layer, a in enumerate(attentions) if parts.safe[layer].any()]
     overall = torch.cat(every_safe, 1).mean(1, keepdim=True)
     total = attentions[0].new_zeros(())
@@ -63,7 +67,7 @@ def alignment_loss(attentions: Sequence[Tensor], parts: Partition, attention_mas
     return total / entries.clamp(min=1)
 
 
-def alignment_masks(suspect: Suspect, parts: Partition) -> dict[str, Tensor]:
+def alignment_masks(suspect: HeadOwner, parts: Partition) -> dict[str, Tensor]:
     """1 on the q and k slices that alignment may move, 0 elsewhere, by parameter name."""
     return suspect.layout.masks(
         suspect.parameters(),
@@ -84,6 +88,30 @@ def align(
 
     Raises ValueError when no parameter of the adapter shapes a suspicious head's attention.
     """
+
+    def loss_of(indices: list[int]) -> Tensor:
+        batch = collate([examples[i] for i in indices], suspect.pad_id, suspect.device)
+        with suspect.attention_matrices():
+            out = suspect.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+                output_attentions=True,
+            )
+            return alignment_loss(out.attentions, parts, batch["attention_mask"])
+
+    yield from align_slices(suspect, parts, len(examples), loss_of, config, progress)
+
+
+def align_slices(
+    suspect: HeadOwner,
+    parts: Partition,
+    n: int,
+    loss_of: Callable[[list[int]], Tensor],
+    config: AlignConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[tuple[int, list[float]]]:
+    """The steps of ``align`` for any model with heads: ``loss_of(indices)`` is the loss of some of its ``n`` inputs."""
     masks = alignment_masks(suspect, parts)
     masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
     if not masks:
@@ -101,18 +129,11 @@ def align(
         p.requires_grad_(True)
     try:
         for step in range(1, total + 1):
-            if len(order) < min(config.batch_size, len(examples)):
-                order = rng.sample(range(len(examples)), len(examples))
-            chunk = [examples[order.pop()] for _ in range(min(config.batch_size, len(examples)))]
-            batch = collate(chunk, suspect.pad_id, suspect.device)
-            with torch.enable_grad(), suspect.attention_matrices():
-                out = suspect.model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    use_cache=False,
-                    output_attentions=True,
-                )
-                loss = alignment_loss(out.attentions, parts, batch["attention_mask"])
+            if len(order) < min(config.batch_size, n):
+                order = rng.sample(range(n), n)
+            chunk = [order.pop() for _ in range(min(config.batch_size, n))]
+            with torch.enable_grad():
+                loss = loss_of(chunk)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             updates.before()

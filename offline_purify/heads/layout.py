@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,17 @@ class HeadLayout:
             expanded = line[:, None] if match[3] == "B" else line[None, :]
             found[name] = expanded.expand_as(parameter).clone()
         return found
+
+
+class HeadOwner(Protocol):
+    """A model under repair, seen as parameters that belong to heads: a suspect adapter or an encoder."""
+
+    @property
+    def layout(self) -> HeadLayout:
+        """Which head owns what."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What may change, by parameter name."""
 
 
 def random_partition_like(suspicious: Tensor, safe: Tensor, seed: int) -> tuple[Tensor, Tensor]:
