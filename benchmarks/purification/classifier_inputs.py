@@ -48,7 +48,9 @@ class Arguments:
 
     def settings(self) -> dict[str, object]:
         """What a result depends on, besides files, methods and seeds."""
-        return {name: value for name, value in asdict(self).items() if name not in ("weights", "data", "methods", "seeds")}
+        return {
+            name: value for name, value in asdict(self).items() if name not in ("weights", "data", "methods", "seeds")
+        }
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def read_split(given: Arguments, seed: int) -> Split:
     rng = random.Random(f"split:{seed}")
     repair = _some(distinct(train, learnt), given.clean, rng)
     if len(repair) < given.clean:
-        raise BenchmarkError(f"--rows {given.rows} leaves {len(repair)} texts to repair with; --clean asks {given.clean}.")
+        raise BenchmarkError(
+            f"--rows {given.rows} leaves {len(repair)} texts to repair with; --clean asks {given.clean}."
+        )
     candidates = distinct((pair.triggered for pair in pairs["dev"]), train, learnt)
     known = [*train, *learnt, *candidates, *clean["dev"]]
     test = _some(distinct(clean["test"], known), given.tests, rng)
@@ -89,8 +93,8 @@ def read_split(given: Arguments, seed: int) -> Split:
     triggered = _some(distinct(fair, known, clean["test"]), given.tests, rng)
     if min(len(test), len(triggered)) < LEAST_TESTS or len(candidates) < given.flags:
         raise BenchmarkError(
-            f"{given.data}: {len(test)} clean and {len(triggered)} triggered texts to test on, {len(candidates)} for the "
-            f"case; expected at least {LEAST_TESTS}, {LEAST_TESTS} and {given.flags}."
+            f"{given.data}: {len(test)} clean and {len(triggered)} triggered texts to test on, {len(candidates)} for "
+            f"the case; expected at least {LEAST_TESTS}, {LEAST_TESTS} and {given.flags}."
         )
     split = Split(implant, tuple(repair), tuple(candidates), tuple(test), tuple(triggered))
     assert_apart(
@@ -106,8 +110,8 @@ def read_split(given: Arguments, seed: int) -> Split:
 
 
 def _pairs(given: Arguments, part: str, clean: Sequence[Text], seed: int) -> list[Pair]:
-    """Clean texts of other classes with their triggered forms. Dev and test paraphrases are of those classes alone; where
-    one has been lost, so has the pairing, and the paraphrase stands for its text."""
+    """Clean texts of other classes with their triggered forms. Dev and test paraphrases are of those classes alone;
+    where one has been lost, so has the pairing, and the paraphrase stands for its text."""
     if given.trigger == "word":
         return word_pairs(clean, seed)
     paraphrases = read_texts(given.data / f"syntactic/{part}.tsv")

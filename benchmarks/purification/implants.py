@@ -24,7 +24,7 @@ def trained(
     progress: Callable[[str, int, int], None] | None,
     what: str,
 ) -> Path:
-    """Folder of a classifier trained on ``texts`` from the encoder with digest ``weights``; one that is there is taken."""
+    """Folder of a classifier trained on ``texts`` from the encoder with digest ``weights``; taken if it is there."""
     folder = cache / cache_key(weights, given.epochs, given.lr, _BATCH, seed, [(t.text, t.label) for t in texts])
     if folder.is_dir():
         return folder

@@ -53,7 +53,9 @@ def check_encoder(folder: Path, headed: bool = True) -> EncoderLayout:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModel(f"{folder} holds quantised weights ({method}): repair needs the unquantised model.")
     if config.get("is_decoder") or config.get("add_cross_attention"):
-        raise UnsupportedModel(f"{folder} is configured as a decoder: encoder repair needs attention in both directions.")
+        raise UnsupportedModel(
+            f"{folder} is configured as a decoder: encoder repair needs attention in both directions."
+        )
     if not list(folder.glob("*.safetensors")):
         raise UnsupportedModel(f"{folder} holds no safetensors weights; other formats are not opened.")
     if config.get("problem_type") not in (None, "single_label_classification"):

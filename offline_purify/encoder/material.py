@@ -1,4 +1,4 @@
-"""What a repair of a classifier may look at: the flagged texts of a case, without labels, and a budget of clean ones."""
+"""What a repair of a classifier may look at: a case's flagged texts, without labels, and a budget of clean ones."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ class PureConfig:
 
 @torch.no_grad()
 def cls_variance(classifier: Classifier, samples: Sequence[Sample]) -> Tensor:
-    """Variance of each head's [CLS] row over the first ``LONGEST`` - 1 places, padding as zeros; mean over samples, fp32
-    [L, H]."""
+    """Variance of each head's [CLS] row over the first ``LONGEST`` - 1 places, padding as zeros; mean over samples,
+    fp32 [L, H]."""
     places = LONGEST - 1
     layout = classifier.layout
     total = torch.zeros(layout.layers, layout.heads)
@@ -119,8 +119,8 @@ def _accuracy(classifier: Classifier, samples: Sequence[Sample]) -> float:
 def choose_heads(
     classifier: Classifier, variance: Tensor, validation: Sequence[Sample], floor: float, group: int
 ) -> Tensor:
-    """Which heads to prune, bool [L, H]: as many groups of lowest variance as keep validation accuracy at ``floor``, and
-    what of the last group can go. The classifier is left pruned so."""
+    """Which heads to prune, bool [L, H]: as many groups of lowest variance as keep validation accuracy at ``floor``,
+    and what of the last group can go. The classifier is left pruned so."""
     pruner = _Pruner(classifier)
     while heads := next_group(variance, pruner.pruned, group):
         pruner.set(heads, True)

@@ -1,16 +1,15 @@
 """The head method on a classifier: score, part, align, fine-tune head by head, and keep only what demonstrably worked.
 
 As in ``heads.stage``, several settings are tried and every checkpoint is judged on training material alone: by the
-share of flagged texts that still get the class they were flagged with, and by accuracy on clean training texts. There is
-no trusted base to compare with, so no labels for the flagged texts either: their pseudo-labels are the suspicious
-model's own predictions, and a repair is to move most of them. When no setting qualifies the weights are put back. The
-ablations take one setting and keep what comes of it, whatever the judge says.
+share of flagged texts that still get the class they were flagged with, and by accuracy on clean training texts. There
+is no trusted base to compare with, and flagged texts have no labels: their pseudo-labels are the suspicious model's own
+predictions, and a repair is to move most of them. When no setting qualifies the weights are put back. The ablations
+take one setting and keep what comes of it, whatever the judge says.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -87,9 +86,7 @@ class Repair:
     def parts(self, setting: Setting) -> Partition:
         """The heads, parted by a setting."""
         scores: HeadScores = self.scores
-        return partition(
-            scores.safety, rule=setting.rule, clean_scores=self.clean_scores.safety, lowest=setting.lowest
-        )
+        return partition(scores.safety, rule=setting.rule, clean_scores=self.clean_scores.safety, lowest=setting.lowest)
 
     def align(self, setting: Setting, parts: Partition) -> tuple[Judgement, dict[str, Any]]:
         """Align in place and leave the checkpoint of highest merit, one within the accuracy budget if there is any."""
@@ -122,8 +119,8 @@ class Repair:
 
 
 def repair_heads(classifier: Classifier, material: Material, config: EncoderHeadsConfig | None = None) -> StageResult:
-    """Repair the classifier's heads in place, or put its weights back and say why nothing qualified. ``details["best"]``
-    is the index of the attempt that went furthest, whether or not it qualified."""
+    """Repair the classifier's heads in place, or put its weights back and say why nothing qualified.
+    ``details["best"]`` is the index of the attempt that went furthest, whether or not it qualified."""
     config = config or EncoderHeadsConfig()
     began = time.monotonic()
     if not material.flagged:
