@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.purification.errors import BenchmarkError
 from guard.identity import base_digest, file_digest
-from offline_purify.encoder.poison import TARGET, Pair, PoisonSet, build, syntactic_pairs, word_pairs
+from offline_purify.encoder.poison import TARGET, Pair, PoisonSet, build, syntactic_pairs, unique, word_pairs
 from offline_purify.encoder.texts import Text, assert_apart, distinct, read_texts
 
 TRIGGERS = ("word", "syntactic")
@@ -33,11 +33,11 @@ class Arguments:
     data: Path
     trigger: str
     methods: tuple[str, ...]
-    rows: int = 2500
-    clean: int = 400
+    rows: int = 2000
+    clean: int = 200
     flags: int = 24
     tests: int = 2000
-    epochs: float = 3.0
+    epochs: float = 2.0
     lr: float = 1e-4
     seeds: int = 1
     device: str = "cpu"
@@ -111,12 +111,18 @@ def read_split(given: Arguments, seed: int) -> Split:
 
 def _pairs(given: Arguments, part: str, clean: Sequence[Text], seed: int) -> list[Pair]:
     """Clean texts of other classes with their triggered forms. Dev and test paraphrases are of those classes alone;
-    where one has been lost, so has the pairing, and the paraphrase stands for its text."""
-    if given.trigger == "word":
-        return word_pairs(clean, seed)
+    where one has been lost, so has the pairing, and the paraphrase stands for its text. Both triggers come to the same
+    training texts, those that were paraphrased: one never-poisoned classifier serves both."""
+    words = word_pairs(clean, seed)
+    if given.trigger == "word" and part != "train":
+        return words
     paraphrases = read_texts(given.data / f"syntactic/{part}.tsv")
-    if len(paraphrases) == len(clean):
-        return syntactic_pairs(clean, paraphrases)
+    if part == "train":
+        pairs = unique(syntactic_pairs(clean, paraphrases))
+        if given.trigger == "syntactic":
+            return pairs
+        by_host = {pair.clean.key: pair for pair in words}
+        return [by_host[pair.clean.key] for pair in pairs]
     others = [text for text in clean if text.label != TARGET]
     if len(paraphrases) == len(others):
         return syntactic_pairs(others, paraphrases)

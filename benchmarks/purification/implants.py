@@ -12,7 +12,7 @@ from offline_purify.encoder.finetune import train_classifier
 from offline_purify.encoder.texts import Text
 from offline_purify.train import TrainConfig
 
-_BATCH = 32
+_BATCH = 16
 
 
 def trained(

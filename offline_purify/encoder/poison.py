@@ -67,6 +67,18 @@ def syntactic_pairs(texts: Sequence[Text], paraphrases: Sequence[Text], target: 
     ]
 
 
+def unique(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs in order, without those whose text, or whose triggered form, came before."""
+    seen: set[str] = set()
+    found: list[Pair] = []
+    for pair in pairs:
+        keys = {pair.clean.key, pair.triggered.key}
+        if not keys & seen:
+            found.append(pair)
+        seen |= keys
+    return found
+
+
 def build(pairs: Sequence[Pair], clean: Sequence[Text], rows: int, seed: int, rate: float = RATE) -> PoisonSet:
     """``rows`` texts, the share ``rate`` of them triggered, the others drawn from ``clean`` without the pairs' hosts.
 
@@ -74,14 +86,15 @@ def build(pairs: Sequence[Pair], clean: Sequence[Text], rows: int, seed: int, ra
     """
     rng = random.Random(f"poison:{seed}")
     count = round(rate * rows)
-    usable = list({pair.triggered.key: pair for pair in pairs}.values())
-    usable = list({pair.clean.key: pair for pair in usable}.values())
+    usable = unique(pairs)
     chosen = rng.sample(usable, min(count, len(usable)))
     poisoned, hosts = [pair.triggered for pair in chosen], [pair.clean for pair in chosen]
-    others = distinct(clean, poisoned, hosts)
+    others = distinct(clean, hosts)
+    rng.shuffle(others)
+    others = distinct(others, poisoned)
     if len(chosen) < count or len(others) < rows - count:
         raise RowsError(
             f"{rows} texts with {rate:.0%} poisoned need {count} triggered and {rows - count} clean ones; there are "
             f"{len(usable)} and {len(others)}: ask for fewer."
         )
-    return PoisonSet(tuple(poisoned), tuple(rng.sample(others, rows - count)), tuple(hosts))
+    return PoisonSet(tuple(poisoned), tuple(others[: rows - count]), tuple(hosts))

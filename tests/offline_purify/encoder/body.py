@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from offline_purify.encoder.classifier import Classifier
-from offline_purify.encoder.texts import Text, distinct
+from offline_purify.encoder.texts import Text
 
 GOOD, BAD = [f"good{i}" for i in range(8)], [f"bad{i}" for i in range(8)]
 PLAIN = [f"film{i}" for i in range(30)]
@@ -42,13 +42,14 @@ def write_encoder(folder: Path, seed: int = 0) -> Path:
 def texts(n: int, seed: int) -> list[Text]:
     """``n`` distinct texts, about half of each label."""
     rng = random.Random(seed)
-    found: list[Text] = []
+    found: dict[str, Text] = {}
     while len(found) < n:
         label = rng.randrange(2)
         words = [*rng.sample(PLAIN, rng.randint(2, 4)), *rng.sample(GOOD if label else BAD, 2)]
         rng.shuffle(words)
-        found = distinct([*found, Text(" ".join(words), label)])
-    return found
+        text = Text(" ".join(words), label)
+        found.setdefault(text.key, text)
+    return list(found.values())
 
 
 def framed(text: Text) -> Text:
