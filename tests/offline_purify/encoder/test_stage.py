@@ -1,4 +1,4 @@
-"""The judged repair of a tiny classifier with a real backdoor: it is repaired, or put back bit for bit with a reason."""
+"""The judged repair of a tiny classifier with a real backdoor: repaired, or put back bit for bit with a reason."""
 
 from __future__ import annotations
 
