@@ -101,7 +101,7 @@ def run(given: Arguments, out: Path, progress: Progress | None = None) -> dict[s
     found = digests(given)
     result = _begun(out, {"format": FORMAT, "settings": given.settings(), "digests": found})
     for seed in range(given.seeds):
-        names = list(dict.fromkeys((FLOOR, "none", *given.methods)))
+        names = list(dict.fromkeys(("none", *given.methods, FLOOR)))
         if todo := [name for name in names if str(seed) not in result["seeds"].get(name, {})]:
             _measure_seed(given, found["weights"], seed, todo, result, out, progress)
     result["methods"] = {name: _pooled(by_seed) for name, by_seed in result["seeds"].items()}

@@ -39,7 +39,7 @@ def test_the_backdoor_fires_the_skill_is_there_and_a_model_never_poisoned_is_the
     assert methods["none"]["accuracy"]["value"] >= 0.85
     assert methods[FLOOR]["asr"]["value"] <= 0.2
     for figures in methods.values():
-        assert figures["asr"]["n"] == figures["accuracy"]["n"] or figures["asr"]["n"] >= 50
+        assert (figures["accuracy"]["n"], figures["asr"]["n"] >= 50) == (70, True)
         assert figures["asr"]["low"] <= figures["asr"]["value"] <= figures["asr"]["high"]
 
 
