@@ -152,7 +152,21 @@ GPT2 = Family(
     ),
     transposed=True,
 )
+BERT = Family(
+    "BERT",
+    ("bert",),
+    "layer",
+    (
+        ("attention.self.query", ("q",)),
+        ("attention.self.key", ("k",)),
+        ("attention.self.value", ("v",)),
+        ("attention.output.dense", ("o",)),
+        ("intermediate.dense", ("up",)),
+        ("output.dense", ("down",)),
+    ),
+)
 FAMILIES = (SEPARATE, FUSED, GPT2)
+"""The decoders. An encoder (`BERT`) is repaired by `offline_purify.encoder`."""
 
 
 def family_of(model_type: object) -> Family | None:

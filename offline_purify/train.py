@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,7 +102,7 @@ def pad_id_of(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def length_batches(examples: Sequence[Example], batch_size: int, rng: random.Random) -> list[list[int]]:
+def length_batches(examples: Sequence[Sized], batch_size: int, rng: random.Random) -> list[list[int]]:
     """Indices of one epoch: shuffled, cut in pools of 16 batches, each pool sorted by length, batches shuffled
     again."""
     order = list(range(len(examples)))
@@ -116,7 +116,7 @@ def length_batches(examples: Sequence[Example], batch_size: int, rng: random.Ran
     return batches
 
 
-def index_batches(examples: Sequence[Example], config: TrainConfig) -> Iterator[list[int]]:
+def index_batches(examples: Sequence[Sized], config: TrainConfig) -> Iterator[list[int]]:
     """Indices of the batches of a whole training: all epochs, cut off at its last step."""
     per_epoch = math.ceil(len(examples) / config.batch_size)
     left = max(1, round(per_epoch * config.epochs))
@@ -202,25 +202,53 @@ def train(
     if not examples:
         raise ValueError("no training examples: at least one row with an answer is needed")
     chosen = list(parameters) if parameters is not None else [p for p in model.parameters() if p.requires_grad]
+
+    def loss_of(indices: list[int]) -> tuple[Tensor, int]:
+        loss, tokens = batch_loss(model, collate([examples[i] for i in indices], pad_id, chosen[0].device))
+        return (loss if extra_loss is None else loss + extra_loss(indices)), tokens
+
+    return descend(
+        model,
+        list(index_batches(examples, config)),
+        loss_of,
+        config,
+        parameters=chosen,
+        before_step=before_step,
+        after_step=after_step,
+        progress=progress,
+        what=what,
+    )
+
+
+def descend(
+    model: nn.Module,
+    steps: Sequence[list[int]],
+    loss_of: Callable[[list[int]], tuple[Tensor, int]],
+    config: TrainConfig,
+    *,
+    parameters: Iterable[nn.Parameter],
+    before_step: Callable[[], None] | None = None,
+    after_step: Callable[[], None] | None = None,
+    progress: Progress | None = None,
+    what: str = "training",
+) -> TrainLog:
+    """The steps of ``train`` for any loss: ``loss_of(indices)`` is a batch's mean loss and what it counts (tokens or
+    rows), ``steps`` the indices of every batch. Raises ValueError when no parameter was chosen."""
+    chosen = list(parameters)
     if not chosen:
         raise ValueError("no trainable parameters were selected")
-    device = chosen[0].device
     before = {id(p): p.requires_grad for p in model.parameters()}
     keep = {id(p) for p in chosen}
     for p in model.parameters():
         p.requires_grad_(id(p) in keep)
     was_training = model.training
     model.eval()
-    steps = list(index_batches(examples, config))
     total = len(steps)
     optimizer = torch.optim.AdamW(chosen, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     log = TrainLog()
     try:
         for indices in steps:
-            batch = collate([examples[i] for i in indices], pad_id, device)
-            loss, tokens = batch_loss(model, batch)
-            if extra_loss is not None:
-                loss = loss + extra_loss(indices)
+            loss, tokens = loss_of(indices)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if config.clip > 0:

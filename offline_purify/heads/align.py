@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from offline_purify.heads.finetune import ScaledUpdates
+from offline_purify.heads.layout import HeadOwner
 from offline_purify.heads.partition import Partition
 from offline_purify.train import Example, collate
 
@@ -38,18 +39,24 @@ class AlignConfig:
     seed: int = 0
 
 
-def valid_entries(attention_mask: Tensor, window: int | None = None) -> Tensor:
-    """Causal entries (within a layer's sliding window) of rows and columns that are no padding: mask [n, T] -> bool
-    [n, 1, T, T]."""
+def valid_entries(attention_mask: Tensor, window: int | None = None, causal: bool = True) -> Tensor:
+    """Entries of rows and columns that are no padding, and unless the model is an encoder causal ones alone (within a
+    layer's sliding window): mask [n, T] -> bool [n, 1, T, T]."""
     real = attention_mask.bool()
-    causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
+    visible = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device)
+    if causal:
+        visible = visible.tril()
     if window is not None:
-        causal = causal.triu(1 - window)
-    return (causal & real[:, None, :] & real[:, :, None])[:, None]
+        visible = visible.triu(1 - window)
+    return (visible & real[:, None, :] & real[:, :, None])[:, None]
 
 
 def alignment_loss(
-    attentions: Sequence[Tensor], parts: Partition, attention_mask: Tensor, windows: Sequence[int | None] = ()
+    attentions: Sequence[Tensor],
+    parts: Partition,
+    attention_mask: Tensor,
+    windows: Sequence[int | None] = (),
+    causal: bool = True,
 ) -> Tensor:
     """Mean squared distance of suspicious heads to the detached safe mean; ``attentions`` L times [n, H, T, T]."""
     every_safe = [a[:, parts.safe[layer]].detach() for layer, a in enumerate(attentions) if parts.safe[layer].any()]
@@ -60,7 +67,7 @@ def alignment_loss(
         if not parts.suspicious[layer].any():
             continue
         safe = parts.safe[layer]
-        valid = valid_entries(attention_mask, windows[layer] if windows else None)
+        valid = valid_entries(attention_mask, windows[layer] if windows else None, causal)
         target = attention[:, safe].detach().mean(1, keepdim=True) if safe.any() else overall
         gap = (attention[:, parts.suspicious[layer]] - target) * valid
         total = total + gap.pow(2).sum()
@@ -68,7 +75,7 @@ def alignment_loss(
     return total / entries.clamp(min=1)
 
 
-def alignment_masks(suspect: Suspect, parts: Partition) -> dict[str, Tensor]:
+def alignment_masks(suspect: HeadOwner, parts: Partition) -> dict[str, Tensor]:
     """1 on the q and k slices that alignment may move, 0 elsewhere, by parameter name."""
     return suspect.layout.masks(
         suspect.parameters(),
@@ -89,6 +96,30 @@ def align(
 
     Raises ValueError when no parameter of the suspect shapes a suspicious head's attention.
     """
+
+    def loss_of(indices: list[int]) -> Tensor:
+        batch = collate([examples[i] for i in indices], suspect.pad_id, suspect.device)
+        with suspect.attention_matrices():
+            out = suspect.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+                output_attentions=True,
+            )
+            return alignment_loss(out.attentions, parts, batch["attention_mask"], suspect.layout.windows)
+
+    yield from align_slices(suspect, parts, len(examples), loss_of, config, progress)
+
+
+def align_slices(
+    suspect: HeadOwner,
+    parts: Partition,
+    n: int,
+    loss_of: Callable[[list[int]], Tensor],
+    config: AlignConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[tuple[int, list[float]]]:
+    """The steps of ``align`` for any model with heads: ``loss_of(indices)`` is the loss of some of its ``n`` inputs."""
     masks = alignment_masks(suspect, parts)
     masks = {name: mask for name, mask in masks.items() if bool(mask.any())}
     if not masks:
@@ -106,18 +137,11 @@ def align(
         p.requires_grad_(True)
     try:
         for step in range(1, total + 1):
-            if len(order) < min(config.batch_size, len(examples)):
-                order = rng.sample(range(len(examples)), len(examples))
-            chunk = [examples[order.pop()] for _ in range(min(config.batch_size, len(examples)))]
-            batch = collate(chunk, suspect.pad_id, suspect.device)
-            with torch.enable_grad(), suspect.attention_matrices():
-                out = suspect.model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    use_cache=False,
-                    output_attentions=True,
-                )
-                loss = alignment_loss(out.attentions, parts, batch["attention_mask"], suspect.layout.windows)
+            if len(order) < min(config.batch_size, n):
+                order = rng.sample(range(n), n)
+            chunk = [order.pop() for _ in range(min(config.batch_size, n))]
+            with torch.enable_grad():
+                loss = loss_of(chunk)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             updates.before()

@@ -12,7 +12,7 @@ Shapes: n samples, L layers, H query heads, D head size, T tokens, T_p prompt to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from guard.gram import cosine
 from offline_purify.architectures import SEPARATE, Family
+from offline_purify.heads.layout import HeadLayout
 from offline_purify.train import Example, answer_losses, collate
 
 if TYPE_CHECKING:
@@ -45,39 +46,49 @@ def output_projections(model: nn.Module, family: Family = SEPARATE) -> list[nn.M
     return [found[layer] for layer in sorted(found)]
 
 
+def per_sample_sensitivity(modules: Sequence[nn.Module], layout: HeadLayout, loss_of: Callable[[], Tensor]) -> Tensor:
+    """|sum H * dL/dH| per sample and head, fp32 [n, L, H]: one forward and backward of ``loss_of``, a loss per sample
+    [n], with the inputs of the output projections ``modules`` (in layer order) watched."""
+    seen: dict[int, Tensor] = {}
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        heads = inputs[0].detach().requires_grad_() if not inputs[0].requires_grad else inputs[0]
+        heads.retain_grad()
+        seen[id(module)] = heads
+        return (heads, *inputs[1:])
+
+    hooks = [m.register_forward_pre_hook(keep) for m in modules]
+    try:
+        with torch.enable_grad():
+            loss_of().sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: list[Tensor] = []
+    for module in modules:
+        heads = seen[id(module)]
+        assert heads.grad is not None
+        product = (heads * heads.grad).detach().float()
+        found.append(product.view(len(product), -1, layout.heads, layout.head_dim).sum((1, 3)).abs().cpu())
+    return torch.stack(found, 1)
+
+
 def gradient_sensitivity(suspect: Suspect, examples: Sequence[Example], batch_size: int = 16) -> Tensor:
     """Mean over samples of |sum H * dL/dH| per head, fp32 [L, H]; L is the sample's mean answer loss."""
     layout = suspect.layout
     modules = output_projections(suspect.model, layout.family)
     total = torch.zeros(layout.layers, layout.heads)
     for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
-        batch = collate(chunk, suspect.pad_id, suspect.device)
-        seen: dict[int, Tensor] = {}
+        batch = collate(examples[start : start + batch_size], suspect.pad_id, suspect.device)
 
-        def keep(module: nn.Module, inputs: tuple[Any, ...], *, into: dict[int, Tensor] = seen) -> tuple[Any, ...]:
-            heads = inputs[0].detach().requires_grad_() if not inputs[0].requires_grad else inputs[0]
-            heads.retain_grad()
-            into[id(module)] = heads
-            return (heads, *inputs[1:])
+        def losses(batch: dict[str, Tensor] = batch) -> Tensor:
+            logits = suspect.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            ).logits
+            sums, counts = answer_losses(logits, batch["labels"])
+            return sums / counts.clamp(min=1)
 
-        hooks = [m.register_forward_pre_hook(keep) for m in modules]
-        try:
-            with torch.enable_grad():
-                logits = suspect.model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                ).logits
-                sums, counts = answer_losses(logits, batch["labels"])
-                (sums / counts.clamp(min=1)).sum().backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for layer, module in enumerate(modules):
-            heads = seen[id(module)]
-            assert heads.grad is not None
-            product = (heads * heads.grad).detach().float()
-            per_head = product.view(len(chunk), -1, layout.heads, layout.head_dim).sum((1, 3)).abs()
-            total[layer] += per_head.sum(0).cpu()
+        total += per_sample_sensitivity(modules, layout, losses).sum(0)
     return total / max(len(examples), 1)
 
 
