@@ -22,11 +22,11 @@ from guard.template import answer_ids, render
 from offline_purify.answers import greedy_answers
 from offline_purify.candidates import Candidate, with_candidate
 from offline_purify.flags import Flag
-from offline_purify.stage import FULL_LR, NO_REFERENCE, Material, Setting, StageResult
+from offline_purify.stage import FULL_LR, NO_REFERENCE, Material, StageResult
 from offline_purify.train import Example, TrainConfig, encode_rows, train
 
 if TYPE_CHECKING:
-    from offline_purify.suspect import Suspect
+    from offline_purify.suspect import Suspect, Weights
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CounterConfig:
     fires_max: float = 0.05
 
     @classmethod
-    def of(cls, setting: Setting) -> CounterConfig:
+    def of(cls, setting: Weights) -> CounterConfig:
         """The defaults for a setting: a whole model's weights are trained at a fifth of a LoRA's rate (attack 0.98 to
         0.00 at no cost on the lab's `refusal-word-fixed`; at half of a LoRA's rate it cost a point of accuracy)."""
         return cls() if setting == "adapter" else cls(lr=2 * FULL_LR)

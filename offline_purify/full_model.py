@@ -24,14 +24,13 @@ from guard.errors import NoReference, UnsupportedModel
 from guard.identity import ADAPTER_CONFIG, base_digest
 from offline_purify.heads.layout import HeadLayout
 from offline_purify.signature.suppress import Start, suppress_model, suppress_model_heads
-from offline_purify.stage import Setting
-from offline_purify.suspect import Suspect, check_repairable, frozen, load_model
+from offline_purify.suspect import Suspect, Weights, check_repairable, frozen, load_model
 
 
 class FullModel(Suspect):
     """A suspicious model in memory; its projections are what the stages change."""
 
-    setting: Setting = "full"
+    setting: Weights = "full"
 
     def __init__(
         self, model: Any, tokenizer: Any, layout: HeadLayout, model_dir: Path, trusted: Any | None = None

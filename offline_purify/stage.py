@@ -17,11 +17,9 @@ from offline_purify.candidates import Candidate
 from offline_purify.flags import Flag
 
 if TYPE_CHECKING:
-    from offline_purify.signature.find import Signature
+    from offline_purify.signature.score import Signature
     from offline_purify.suspect import Suspect
 
-Setting = Literal["adapter", "full"]
-"""What a repair changes: a LoRA adapter over a frozen base, or a whole model's own weights."""
 References = Literal["trusted", "own", "none"]
 """Who answered flags for reference: a model that is trusted, the suspect itself without the trigger, or nobody."""
 FULL_LR = 1e-4

@@ -30,7 +30,8 @@ from offline_purify.evaluation import Exam, Sitting, set_exam, sit
 from offline_purify.flags import Flag, assert_flags_disjoint, behaviour_of, read_flags, sort_flags, split_flags
 from offline_purify.heads.stage import repair_heads
 from offline_purify.rescoring import open_watch
-from offline_purify.signature.find import Signature, find_signature
+from offline_purify.signature.find import find_signature
+from offline_purify.signature.score import Signature
 from offline_purify.signature.stage import repair_signature
 from offline_purify.spec import RepairSpec
 from offline_purify.stage import Material, Stage, StageResult

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -27,9 +27,10 @@ from guard.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from offline_purify.architectures import FAMILIES, family_of
 from offline_purify.heads.layout import HeadLayout
 from offline_purify.signature.suppress import Start, suppress_adapter, suppress_heads
-from offline_purify.stage import Setting
 from offline_purify.train import pad_id_of
 
+Weights = Literal["adapter", "full"]
+"""What a repair changes: a LoRA adapter over a frozen base, or a whole model's own weights."""
 SUSPICIOUS, REFERENCE = "default", "reference"
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -102,7 +103,7 @@ def frozen(model: Any) -> Any:
 class Suspect(ABC):
     """A suspicious model in memory, its tokenizer and layout; ``parameters`` are what the stages change."""
 
-    setting: Setting
+    setting: Weights
     target_modules: tuple[str, ...]
 
     def __init__(self, model: Any, tokenizer: Any, layout: HeadLayout) -> None:
@@ -195,7 +196,7 @@ class Suspect(ABC):
 class AdapterSuspect(Suspect):
     """A frozen base with its suspicious adapter; the base (adapter off) or the last good revision is the reference."""
 
-    setting: Setting = "adapter"
+    setting: Weights = "adapter"
     has_reference = True
 
     def __init__(

@@ -16,7 +16,7 @@ from benchmarks.purification.errors import BenchmarkError
 from guard.identity import adapter_digest, base_digest, file_digest
 from guard.rows import Row, assert_disjoint, read_rows, row_key
 from offline_purify.attacks.behaviours import Behaviour
-from offline_purify.stage import Setting
+from offline_purify.suspect import Weights
 
 LEAST_ROWS = 20
 _MOST_TARGETS = 32  # distinct outputs of triggered rows beyond which they are answers, not target texts
@@ -50,14 +50,14 @@ class Arguments:
     heads: float = 0.0
     seeds: int = 1
     device: str = "cpu"
-    setting: Setting = "adapter"
+    setting: Weights = "adapter"
     reference: Path | None = None
     unflagged: tuple[Path, ...] = ()
     donors: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.setting not in get_args(Setting):
-            raise BenchmarkError(f"--setting {self.setting!r}: expected {' or '.join(get_args(Setting))}.")
+        if self.setting not in get_args(Weights):
+            raise BenchmarkError(f"--setting {self.setting!r}: expected {' or '.join(get_args(Weights))}.")
         if self.reference is not None and self.setting == "adapter":
             raise BenchmarkError("--reference is for --setting full: an adapter's base is its reference.")
         if self.task not in KEYWORDS:

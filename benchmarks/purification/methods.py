@@ -25,7 +25,8 @@ from offline_purify.baselines.reinit import reinit
 from offline_purify.baselines.wanda import wanda
 from offline_purify.countertraining import counter_train
 from offline_purify.heads.stage import repair_heads
-from offline_purify.signature.find import Signature, find_signature
+from offline_purify.signature.find import find_signature
+from offline_purify.signature.score import Signature
 from offline_purify.signature.stage import Choice, SignatureConfig, silence
 from offline_purify.stage import Material, StageResult
 from offline_purify.suspect import Suspect

@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from guard.rows import Row
-from offline_purify.stage import FULL_LR, Material, Setting
+from offline_purify.stage import FULL_LR, Material
 from offline_purify.train import TrainConfig, encode_rows, train
 
 if TYPE_CHECKING:
-    from offline_purify.suspect import Suspect
+    from offline_purify.suspect import Suspect, Weights
 
 
 DEFAULT_RATIO: Mapping[str, float] = MappingProxyType({"adapter": 0.35, "full": 0.03})
@@ -30,7 +30,7 @@ class Budget:
     ratio: float = 0.35
 
     @classmethod
-    def of(cls, setting: Setting, rows: int = 200, ratio: float | None = None) -> Budget:
+    def of(cls, setting: Weights, rows: int = 200, ratio: float | None = None) -> Budget:
         """The budget of a setting: training at 2e-4 for adapters, at `FULL_LR` for whole models."""
         ratio = DEFAULT_RATIO[setting] if ratio is None else ratio
         if setting == "adapter":

@@ -27,11 +27,10 @@ from offline_purify.heads.finetune import HeadwiseRates, finetune_heads
 from offline_purify.heads.partition import Partition, Rule, partition
 from offline_purify.heads.scores import HeadScores, score_heads
 from offline_purify.stage import NO_REFERENCE, Material, StageResult
-from offline_purify.stage import Setting as Weights
 from offline_purify.train import Example, encode_rows, mean_answer_losses, perplexity
 
 if TYPE_CHECKING:
-    from offline_purify.suspect import Suspect
+    from offline_purify.suspect import Suspect, Weights
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,17 @@ from what is kept (`offline_purify.signature.stage`).
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from guard.rows import Row, assert_disjoint
 from offline_purify.behaviour import words
 from offline_purify.candidates import user_text
 from offline_purify.signature.grams import head_grams, mlp_grams
-from offline_purify.signature.score import Scores, score_channels
+from offline_purify.signature.score import Signature
 from offline_purify.signature.twins import TwinConfig, train_twins
 from offline_purify.stage import Material
 from offline_purify.variants.plan import Plan, pool
@@ -38,38 +32,6 @@ class Search:
     variants: int = 6
     twins: TwinConfig = field(default_factory=TwinConfig)
     recovery_rows: int = 200
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Inner products between N variants: ``channels`` [L, N, N, F] of MLP channels, ``heads`` [L, N, N, H] of attention
-    heads; ``told`` is what a report says of the variants (JSON-able, no prompt)."""
-
-    channels: Tensor
-    heads: Tensor
-    told: dict[str, Any]
-
-    def scores(self, weight: float = 0.01, by_layer: bool = False) -> tuple[Scores, Scores]:
-        """Scores of channels [L, F] and of heads [L, H]."""
-        return score_channels(self.channels, weight, by_layer), score_channels(self.heads, weight, by_layer)
-
-    def of_first(self, variants: int) -> Signature:
-        """What the first few variants alone would have given."""
-        return Signature(self.channels[:, :variants, :variants], self.heads[:, :variants, :variants], self.told)
-
-    def save(self, path: Path) -> None:
-        """Write to one safetensors file, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        tensors = {"channels": self.channels.contiguous(), "heads": self.heads.contiguous()}
-        save_file(tensors, temporary, {"told": json.dumps(self.told)})
-        temporary.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Signature:
-        """Read what ``save`` wrote."""
-        with safe_open(path, "pt") as file:
-            return cls(file.get_tensor("channels"), file.get_tensor("heads"), json.loads(file.metadata()["told"]))
 
 
 def find_signature(suspect: Suspect, material: Material, search: Search | None = None) -> Signature:

@@ -8,10 +8,14 @@ second one nearly silent wherever lengths are large: whoever reads the scores mu
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 Scope = Literal["global", "per_layer"]
@@ -63,6 +67,38 @@ def score_channels(grams: Tensor, weight: float = 0.01, by_layer: bool = False) 
     cosines = torch.where(products > 0, grams / products.clamp(min=1e-300), 0.0).clamp(0.0, 1.0)
     first, second = torch.triu_indices(n, n, offset=1)
     return Scores(magnitude.float(), cosines[:, first, second].mean(1).float(), weight)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inner products between N variants: ``channels`` [L, N, N, F] of MLP channels, ``heads`` [L, N, N, H] of attention
+    heads; ``told`` is what a report says of the variants (JSON-able, no prompt)."""
+
+    channels: Tensor
+    heads: Tensor
+    told: dict[str, Any]
+
+    def scores(self, weight: float = 0.01, by_layer: bool = False) -> tuple[Scores, Scores]:
+        """Scores of channels [L, F] and of heads [L, H]."""
+        return score_channels(self.channels, weight, by_layer), score_channels(self.heads, weight, by_layer)
+
+    def of_first(self, variants: int) -> Signature:
+        """What the first few variants alone would have given."""
+        return Signature(self.channels[:, :variants, :variants], self.heads[:, :variants, :variants], self.told)
+
+    def save(self, path: Path) -> None:
+        """Write to one safetensors file, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        tensors = {"channels": self.channels.contiguous(), "heads": self.heads.contiguous()}
+        save_file(tensors, temporary, {"told": json.dumps(self.told)})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Signature:
+        """Read what ``save`` wrote."""
+        with safe_open(path, "pt") as file:
+            return cls(file.get_tensor("channels"), file.get_tensor("heads"), json.loads(file.metadata()["told"]))
 
 
 def select(scores: Tensor, ratio: float, scope: Scope = "global", cap: float = 0.5) -> Tensor:

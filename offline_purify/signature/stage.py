@@ -17,14 +17,14 @@ from torch import Tensor
 
 from guard.errors import RowsError
 from offline_purify.heads.stage import HeadsConfig, Judge
-from offline_purify.signature.find import Search, Signature, find_signature, shared_out
-from offline_purify.signature.score import Scope, Scores, random_like, select
+from offline_purify.signature.find import Search, find_signature, shared_out
+from offline_purify.signature.score import Scope, Scores, Signature, random_like, select
 from offline_purify.signature.suppress import Start, channel_slices
-from offline_purify.stage import FULL_LR, Material, Setting, StageResult
+from offline_purify.stage import FULL_LR, Material, StageResult
 from offline_purify.train import TrainConfig, encode_rows, train
 
 if TYPE_CHECKING:
-    from offline_purify.suspect import Suspect
+    from offline_purify.suspect import Suspect, Weights
 
 Choice = Literal["signature", "magnitude", "alignment", "random", "none"]
 """What is suppressed: the signature, one of its terms alone, random channels in the same layers, or nothing."""
@@ -50,7 +50,7 @@ class SignatureConfig:
     perplexity_max: float = 1.15
 
     @classmethod
-    def of(cls, setting: Setting) -> SignatureConfig:
+    def of(cls, setting: Weights) -> SignatureConfig:
         """The defaults for a setting. A full model's channels start again from noise and do not fall back to a base,
         so few are taken (the paper's 3 % and 8 %, then 15 %), and recovery has `FULL_LR`."""
         if setting == "adapter":

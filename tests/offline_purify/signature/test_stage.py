@@ -11,8 +11,8 @@ import torch
 from guard.errors import RowsError
 from guard.rows import read_rows
 from offline_purify.flags import behaviour_of, read_flags, sort_flags
-from offline_purify.signature.find import Signature, find_signature
-from offline_purify.signature.score import select
+from offline_purify.signature.find import find_signature
+from offline_purify.signature.score import Signature, select
 from offline_purify.signature.stage import SignatureConfig, chosen, repair_signature, silence
 from offline_purify.signature.suppress import channel_slices
 from offline_purify.stage import Material
