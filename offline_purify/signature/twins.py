@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from guard.errors import RowsError
 from guard.rows import Row, assert_disjoint
 from guard.template import render, row_messages
@@ -23,20 +25,25 @@ from offline_purify.attacks.poison import triggered
 from offline_purify.attacks.triggers import present
 from offline_purify.bank import LoraBank, train_bank
 from offline_purify.signature.grams import Factors
-from offline_purify.train import Progress, TrainConfig, encode_rows
+from offline_purify.train import Example, Progress, TrainConfig, encode_rows
 from offline_purify.variants.plan import VariantSpec
+
+_Twin = tuple[LoraBank, int]
+"""One adapter: its bank, and its place in there."""
 
 
 @dataclass(frozen=True)
 class TwinConfig:
     """How pairs are trained: rows of each, LoRA rank, the training itself and the least steps it takes where rows are
-    few; ``match_steps`` shows the clean twin its rows twice, so that both take as many steps; ``learnt`` is the least
+    few; ``together`` is how many pairs share a batched pass (halved where a GPU's memory is short: they come out the
+    same); ``match_steps`` shows the clean twin its rows twice, so that both take as many steps; ``learnt`` is the least
     share of ``tried`` unseen triggered prompts on which a pair's behaviour must show."""
 
     rows: int = 500
     rank: int = 8
     training: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5, lr=2e-3, batch_size=16))
     least_steps: int = 300
+    together: int = 6
     match_steps: bool = False
     tried: int = 30
     learnt: float = 0.8
@@ -72,6 +79,31 @@ def train_twins(
     q_width, H * D, tells the parts of a fused q, k, v apart. rows are clean, with the answers that are to be kept.
     Raises RowsError when they are too few, or when no pair learnt its trigger.
     """
+    try:
+        return _train(model, tokenizer, rows, specs, config, pad_id, max_new_tokens, seed, family, q_width, progress)
+    except torch.OutOfMemoryError:
+        if config.together == 1:
+            raise
+        fewer = replace(config, together=config.together // 2)
+    return train_twins(
+        model, tokenizer, rows, specs, fewer, pad_id=pad_id, max_new_tokens=max_new_tokens, seed=seed,
+        family=family, q_width=q_width, progress=progress,
+    )  # fmt: skip
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    specs: Sequence[VariantSpec],
+    config: TwinConfig,
+    pad_id: int,
+    max_new_tokens: int,
+    seed: int,
+    family: Family,
+    q_width: int | None,
+    progress: Progress | None,
+) -> Twins:
     rng = random.Random(f"twins:{seed}")
     parts = [_parted(rows, spec, config, rng) for spec in specs]
     clean = [encode_rows(tokenizer, fit) for fit, _ in parts]
@@ -81,18 +113,22 @@ def train_twins(
     ]
     targets = [name for name, _, _ in family.projections(model)]
 
-    def bank() -> LoraBank:
-        return LoraBank(model, targets, len(specs), config.rank, 2.0, seed)
+    def trained(sets: list[list[Example]], what: str) -> list[_Twin]:
+        found: list[_Twin] = []
+        for start in range(0, len(sets), config.together):
+            some = sets[start : start + config.together]
+            bank = LoraBank(model, targets, len(some), config.rank, 2.0, seed)
+            train_bank(bank, some, _passes(config, some, seed), pad_id=pad_id, progress=progress, what=what)
+            found += [(bank, place) for place in range(len(some))]
+        return found
 
-    bad, good = bank(), bank()
-    both = [a + b for a, b in zip(clean, poisoned, strict=True)]
-    train_bank(bad, both, _passes(config, both, seed), pad_id=pad_id, progress=progress, what="poisoned twins")
-    alike = [a + a for a in clean] if config.match_steps else clean
-    train_bank(good, alike, _passes(config, alike, seed), pad_id=pad_id, progress=progress, what="clean twins")
+    bad = trained([a + b for a, b in zip(clean, poisoned, strict=True)], "poisoned twins")
+    good = trained([a + a for a in clean] if config.match_steps else clean, "clean twins")
     learnt = {}
     for number, ((_, held), spec) in enumerate(zip(parts, specs, strict=True)):
         prompts = [render(tokenizer, row_messages(_poisoned(row, spec, rng))) for row in held]
-        with bad.open(only=number) as opened:
+        bank, place = bad[number]
+        with bank.open(only=place) as opened:
             answers = greedy_answers(opened, tokenizer, prompts, max_new_tokens)
         assert spec.behaviour is not None
         learnt[spec.name] = sum(map(spec.behaviour.matches, answers)) / len(answers)
@@ -102,7 +138,8 @@ def train_twins(
             f"none of {len(specs)} synthetic backdoors was learnt by the model (the best showed in "
             f"{max(learnt.values()):.0%} of unseen prompts): train them longer or give more rows."
         )
-    return Twins(_factors(bad, good, kept, family, q_width), learnt, tuple(specs[number].name for number in kept))
+    pairs = [(bad[number], good[number]) for number in kept]
+    return Twins(_factors(pairs, family, q_width), learnt, tuple(specs[number].name for number in kept))
 
 
 def _passes(config: TwinConfig, sets: Sequence[Sequence[Any]], seed: int) -> TrainConfig:
@@ -131,12 +168,15 @@ def _poisoned(row: Row, spec: VariantSpec, rng: random.Random) -> Row:
 
 
 def _factors(
-    bad: LoraBank, good: LoraBank, kept: Sequence[int], family: Family, q_width: int | None
+    pairs: Sequence[tuple[_Twin, _Twin]], family: Family, q_width: int | None
 ) -> tuple[dict[str, tuple[Factors, ...]], ...]:
     """By layer and part; a fused module's difference is parted by its outputs, rows of its lora_B."""
     layers: dict[int, dict[str, tuple[Factors, ...]]] = {}
-    for name in bad.targets:
-        whole = [Factors.of_twins(bad.factors(name, k), good.factors(name, k), bad.scaling) for k in kept]
+    (first, _), _ = pairs[0]
+    for name in first.targets:
+        whole = [
+            Factors.of_twins(bad.factors(name, k), good.factors(name, m), bad.scaling) for (bad, k), (good, m) in pairs
+        ]
         for side in ("A", "B"):
             factor = whole[0].b if side == "B" else whole[0].a
             for stake in family.stakes(f"{name}.lora_{side}.weight", factor.shape, q_width):
