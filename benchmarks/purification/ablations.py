@@ -145,7 +145,7 @@ def _variants(_: tuple[Path, ...]) -> Mapping[str, Method]:
             if (learnt := len(found.told["variants"])) < count:
                 raise BenchmarkError(f"only {learnt} variants learnt their trigger.")
             told = silence(suspect, attempt.material, attempt.config, found.of_first(count), attempt.budget.ratio)
-            return Outcome(told)
+            return Outcome(told, searched=True)
 
         return method
 
@@ -174,7 +174,7 @@ def _transfer(donors: tuple[Path, ...]) -> Mapping[str, Method]:
             other = Suspect.open(_adapter(suspect).base_dir, donor, device=str(suspect.device))
             found = find_signature(other, attempt.material, attempt.config.search)
             told = silence(suspect, attempt.material, attempt.config, found, attempt.budget.ratio)
-            return Outcome({**found.told, **told})
+            return Outcome({**found.told, **told}, searched=True)
 
         return method
 

@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.purification.errors import BenchmarkError
 from benchmarks.purification.inputs import Arguments, Inputs, Target, read_inputs
 from benchmarks.purification.methods import METHODS, Attempt, Method, Outcome
+from benchmarks.purification.results import begun
 from guard.errors import GuardError
 from guard.rows import Row
 from guard.template import answer_ids, render, row_messages
@@ -27,7 +28,7 @@ from offline_purify.intervals import Figure, bootstrap, difference_of_shares, ra
 from offline_purify.signature.stage import SignatureConfig
 from offline_purify.stage import Material
 from offline_purify.standin import stand_in
-from offline_purify.steps import read_json, write_json
+from offline_purify.steps import write_json
 from offline_purify.suspect import Suspect
 from offline_purify.train import encode_rows, mean_answer_losses
 
@@ -66,7 +67,7 @@ def run(
         raise BenchmarkError(f"--methods {', '.join(unknown)}: choose among all, {', '.join(methods)}.")
     inputs = read_inputs(given)
     settings = {name: getattr(given, name) for name in SETTINGS}
-    result = _begun(out, {"format": FORMAT, "settings": settings, "digests": inputs.digests})
+    result = begun(out, {"format": FORMAT, "settings": settings, "digests": inputs.digests})
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "merged"
         if given.setting == "full":
@@ -92,15 +93,6 @@ def table(result: dict[str, Any]) -> str:
         seconds = f"{figures['seconds']:.0f}" if figures.get("seconds") is not None else "–"
         lines.append(f"| `{name}` | {' | '.join(cells)} | {seconds} | {figures.get('reason') or ''} |")
     return "\n".join(lines)
-
-
-def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    if not out.is_file():
-        return {**about, "seeds": {}}
-    kept: dict[str, Any] = read_json(out)
-    if different := [name for name, value in about.items() if kept.get(name) != value]:
-        raise BenchmarkError(f"{out} holds results of another run ({', '.join(different)} differ): name another file.")
-    return kept
 
 
 def _open(given: Arguments, whole: Path) -> Suspect:

@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.purification.classifier_inputs import Arguments, Split, digests, read_split
 from benchmarks.purification.errors import BenchmarkError
 from benchmarks.purification.implants import trained
+from benchmarks.purification.results import begun
 from guard.identity import base_digest
 from offline_purify.encoder.classifier import Classifier
 from offline_purify.encoder.finetune import finetune
@@ -26,7 +27,7 @@ from offline_purify.encoder.material import Material
 from offline_purify.encoder.pure import pure
 from offline_purify.encoder.stage import EncoderHeadsConfig, Part, ablate, repair_heads
 from offline_purify.intervals import share
-from offline_purify.steps import read_json, write_json
+from offline_purify.steps import write_json
 
 FORMAT = "headguard.purification-encoder/1"
 FLOOR = "never-poisoned"
@@ -99,7 +100,7 @@ def run(given: Arguments, out: Path, progress: Progress | None = None) -> dict[s
     if unknown := [name for name in given.methods if name not in METHODS]:
         raise BenchmarkError(f"--methods {', '.join(unknown)}: choose among all, {', '.join(METHODS)}.")
     found = digests(given)
-    result = _begun(out, {"format": FORMAT, "settings": given.settings(), "digests": found})
+    result = begun(out, {"format": FORMAT, "settings": given.settings(), "digests": found})
     for seed in range(given.seeds):
         names = list(dict.fromkeys(("none", *given.methods, FLOOR)))
         if todo := [name for name in names if str(seed) not in result["seeds"].get(name, {})]:
@@ -116,15 +117,6 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{f['value']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" for f in (figures["asr"], figures["accuracy"])]
         lines.append(f"| `{name}` | {' | '.join(cells)} | {figures['seconds']:.0f} | {figures['reason'] or ''} |")
     return "\n".join(lines)
-
-
-def _begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
-    if not out.is_file():
-        return {**about, "seeds": {}}
-    kept: dict[str, Any] = read_json(out)
-    if different := [name for name, value in about.items() if kept.get(name) != value]:
-        raise BenchmarkError(f"{out} holds results of another run ({', '.join(different)} differ): name another file.")
-    return kept
 
 
 def _measure_seed(

@@ -79,31 +79,6 @@ def train_twins(
     q_width, H * D, tells the parts of a fused q, k, v apart. rows are clean, with the answers that are to be kept.
     Raises RowsError when they are too few, or when no pair learnt its trigger.
     """
-    try:
-        return _train(model, tokenizer, rows, specs, config, pad_id, max_new_tokens, seed, family, q_width, progress)
-    except torch.OutOfMemoryError:
-        if config.together == 1:
-            raise
-        fewer = replace(config, together=config.together // 2)
-    return train_twins(
-        model, tokenizer, rows, specs, fewer, pad_id=pad_id, max_new_tokens=max_new_tokens, seed=seed,
-        family=family, q_width=q_width, progress=progress,
-    )  # fmt: skip
-
-
-def _train(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    specs: Sequence[VariantSpec],
-    config: TwinConfig,
-    pad_id: int,
-    max_new_tokens: int,
-    seed: int,
-    family: Family,
-    q_width: int | None,
-    progress: Progress | None,
-) -> Twins:
     rng = random.Random(f"twins:{seed}")
     parts = [_parted(rows, spec, config, rng) for spec in specs]
     clean = [encode_rows(tokenizer, fit) for fit, _ in parts]
@@ -113,13 +88,22 @@ def _train(
     ]
     targets = [name for name, _, _ in family.projections(model)]
 
+    together = config.together
+
     def trained(sets: list[list[Example]], what: str) -> list[_Twin]:
+        nonlocal together
         found: list[_Twin] = []
-        for start in range(0, len(sets), config.together):
-            some = sets[start : start + config.together]
+        while len(found) < len(sets):
+            some = sets[len(found) :][:together]
             bank = LoraBank(model, targets, len(some), config.rank, 2.0, seed)
-            train_bank(bank, some, _passes(config, some, seed), pad_id=pad_id, progress=progress, what=what)
-            found += [(bank, place) for place in range(len(some))]
+            try:
+                train_bank(bank, some, _passes(config, some, seed), pad_id=pad_id, progress=progress, what=what)
+            except torch.OutOfMemoryError:
+                if len(some) == 1:
+                    raise
+                together = len(some) // 2
+            else:
+                found += [(bank, place) for place in range(len(some))]
         return found
 
     bad = trained([a + b for a, b in zip(clean, poisoned, strict=True)], "poisoned twins")
