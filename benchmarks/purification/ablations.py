@@ -49,10 +49,8 @@ class Heads:
         flags = material.true_flags[: config.most_flags]
         if not flags:
             raise BenchmarkError("no flagged answer differs from the base's: the head method has nothing to align on.")
-        flagged, clean = (
-            flagged_examples(suspect, flags),
-            encode_rows(suspect.tokenizer, attempt.budget.clean(material)),
-        )
+        flagged = flagged_examples(suspect, flags)
+        clean = encode_rows(suspect.tokenizer, attempt.budget.clean(material))
         scores, usual = (score_heads(suspect, rows, self.alpha) for rows in (flagged, clean[: len(flagged)]))
         parts = partition(scores.safety, rule=self.rule, clean_scores=usual.safety, tau=self.tau, lowest=self.lowest)
         if self.random:
@@ -81,19 +79,14 @@ def _dropped(chosen: Callable[[bool, int], bool]) -> Method:
     nothing is recovered."""
 
     def method(suspect: Suspect, _: Attempt) -> Outcome:
-        _adapter(suspect)
-        family, gone = suspect.layout.family, 0
-        where = {
-            name: (family.module(name) or (0, ()))[1][0] in CHANNELS for name, _, _ in family.projections(suspect.model)
-        }
+        family, model = _adapter(suspect).layout.family, suspect.model
+        mlps = {name for part in CHANNELS for name, _, _ in family.projections(model, part)}
+        gone = tuple(f"{name}." for name, layer, _ in family.projections(model) if chosen(name in mlps, layer))
         with torch.no_grad():
             for name, parameter in suspect.parameters().items():
-                layer = family.layer(name)
-                module = next((m for m in where if name.startswith(f"{m}.")), None)
-                if layer is not None and module is not None and chosen(where[module], layer):
+                if name.startswith(gone):
                     parameter.zero_()
-                    gone += 1
-        return Outcome({"factors": gone})
+        return Outcome({"projections": len(gone)})
 
     return method
 
@@ -115,7 +108,6 @@ def _shuffled(suspect: Suspect, attempt: Attempt) -> Outcome:
 
 def _sanity(_: tuple[Path, ...]) -> Mapping[str, Method]:
     return {
-        "none": METHODS["none"],
         "no attention updates": _dropped(lambda mlp, _: not mlp),
         "no MLP updates": _dropped(lambda mlp, _: mlp),
         "no MLP updates in even blocks": _dropped(lambda mlp, layer: mlp and layer % 2 == 0),
@@ -174,7 +166,7 @@ def _transfer(donors: tuple[Path, ...]) -> Mapping[str, Method]:
             other = Suspect.open(_adapter(suspect).base_dir, donor, device=str(suspect.device))
             found = find_signature(other, attempt.material, attempt.config.search)
             told = silence(suspect, attempt.material, attempt.config, found, attempt.budget.ratio)
-            return Outcome({**found.told, **told}, searched=True)
+            return Outcome({**found.told, **told})  # it searched for itself: the seconds hold that already
 
         return method
 
