@@ -15,8 +15,7 @@ Shapes: n rows in a batch, T tokens (right-padded), L layers, H query heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from guard.gram import cosine
 from offline_purify.implanting import ATTENTION, LINEAR, MLP
+from offline_purify.patient import eager_attention
 from offline_purify.train import Example, collate
 
 PROJECTIONS: Final[dict[str, tuple[str, ...]]] = {"all": LINEAR, "attention": ATTENTION, "mlp": MLP}
@@ -49,18 +49,6 @@ class Evasion:
     def projections(self) -> tuple[str, ...]:
         """Names of the projections that the adapter changes."""
         return PROJECTIONS[self.only]
-
-
-@contextmanager
-def eager_attention(peft_model: Any) -> Iterator[None]:
-    """Within: forwards can return attention matrices."""
-    inner = peft_model.get_base_model()
-    before = inner.config._attn_implementation
-    inner.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        inner.set_attn_implementation(before)
 
 
 def head_cosines(attentions: Sequence[Tensor], examples: Sequence[Example]) -> Tensor:

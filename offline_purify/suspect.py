@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -26,8 +26,8 @@ from guard.errors import UnsupportedModel
 from guard.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from offline_purify.architectures import FAMILIES, family_of
 from offline_purify.heads.layout import HeadLayout
+from offline_purify.patient import Patient
 from offline_purify.signature.suppress import Start, suppress_adapter, suppress_heads
-from offline_purify.train import pad_id_of
 
 Weights = Literal["adapter", "full"]
 """What a repair changes: a LoRA adapter over a frozen base, or a whole model's own weights."""
@@ -100,15 +100,11 @@ def frozen(model: Any) -> Any:
     return model.eval()
 
 
-class Suspect(ABC):
+class Suspect(Patient):
     """A suspicious model in memory, its tokenizer and layout; ``parameters`` are what the stages change."""
 
     setting: Weights
     target_modules: tuple[str, ...]
-
-    def __init__(self, model: Any, tokenizer: Any, layout: HeadLayout) -> None:
-        self.model, self.tokenizer, self.layout = model, tokenizer, layout
-        self.pad_id = pad_id_of(tokenizer)
 
     @staticmethod
     def open(base: Path, adapter: Path, reference: Path | None = None, device: str = "cpu") -> AdapterSuspect:
@@ -132,18 +128,9 @@ class Suspect(ABC):
         return suspect
 
     @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return next(self.model.parameters()).device
-
-    @property
     @abstractmethod
     def has_reference(self) -> bool:
         """Whether a trusted model answers in ``reference``."""
-
-    @abstractmethod
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What the stages may change, by parameter name."""
 
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
@@ -161,16 +148,6 @@ class Suspect(ABC):
     def save(self, folder: Path) -> None:
         """Write the suspect as it stands to a folder of the kind that it was opened from."""
 
-    def state(self) -> dict[str, Tensor]:
-        """A copy of the weights that may change."""
-        return {name: p.detach().clone() for name, p in self.parameters().items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Put weights taken with ``state`` back, bit for bit."""
-        with torch.no_grad():
-            for name, p in self.parameters().items():
-                p.copy_(state[name])
-
     def save_state(self, path: Path) -> None:
         """Write the weights that may change to one safetensors file, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,16 +158,6 @@ class Suspect(ABC):
     def load_state(self, path: Path) -> None:
         """Take weights written with ``save_state``."""
         self.restore(load_file(path))
-
-    @contextmanager
-    def attention_matrices(self) -> Iterator[None]:
-        """Within: forwards can return attention matrices (eager attention); stock sdpa outside."""
-        inner: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        inner.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            inner.set_attn_implementation("sdpa")
 
 
 class AdapterSuspect(Suspect):

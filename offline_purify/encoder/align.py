@@ -14,7 +14,7 @@ from torch import Tensor
 from offline_purify.encoder.classifier import Classifier, Sample
 from offline_purify.encoder.finetune import train_classifier
 from offline_purify.heads.align import AlignConfig, align_slices, alignment_loss
-from offline_purify.heads.finetune import HeadwiseRates, ScaledUpdates
+from offline_purify.heads.finetune import HeadwiseRates, headwise
 from offline_purify.heads.partition import Partition
 from offline_purify.train import TrainConfig, TrainLog
 
@@ -52,10 +52,6 @@ def finetune_heads(
     progress: Progress | None = None,
 ) -> TrainLog:
     """Fine-tune attention slices in place on clean ``samples``, each head at its own rate (``heads.finetune``)."""
-    per_head = rates.of(parts) / (rates.high * rates.scale)
-    masks = classifier.layout.masks(classifier.parameters(), per_head, per_head)
-    parameters = {name: p for name, p in classifier.parameters().items() if name in masks}
-    updates = ScaledUpdates(parameters, masks)
     config = TrainConfig(
         epochs=epochs, lr=rates.high * rates.scale, batch_size=batch_size, weight_decay=0.0, clip=1.0, seed=seed
     )
@@ -63,9 +59,7 @@ def finetune_heads(
         classifier,
         samples,
         config,
-        parameters=parameters.values(),
-        before_step=updates.before,
-        after_step=updates.after,
+        **headwise(classifier, parts, rates),
         progress=progress,
         what="fine-tuning heads",
     )

@@ -8,8 +8,7 @@ Shapes: R texts in a batch, T tokens (right-padded), C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from offline_purify.architectures import BERT
 from offline_purify.encoder.texts import Text
 from offline_purify.encoder.weights import read_config
 from offline_purify.heads.layout import HeadLayout
-from offline_purify.train import pad_id_of
+from offline_purify.patient import Patient
 
 LONGEST = 128
 """Tokens of a text that are read; SST-2's longest has 64."""
@@ -68,12 +67,12 @@ def check_encoder(folder: Path, headed: bool = True) -> HeadLayout:
     return HeadLayout(int(config["num_hidden_layers"]), heads, heads, int(config["hidden_size"]) // heads, BERT)
 
 
-class Classifier:
+class Classifier(Patient):
     """A classifier in memory; its weights are what a repair changes."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, layout: HeadLayout, folder: Path) -> None:
-        self.model, self.tokenizer, self.layout, self.folder = model, tokenizer, layout, folder
-        self.pad_id = pad_id_of(tokenizer)
+        super().__init__(model, tokenizer, layout)
+        self.folder = folder
 
     @classmethod
     def open(cls, folder: Path, device: str = "cpu") -> Classifier:
@@ -97,11 +96,6 @@ class Classifier:
         return cls(model.to(device).eval(), AutoTokenizer.from_pretrained(folder), layout, folder)
 
     @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return next(self.model.parameters()).device
-
-    @property
     def projections(self) -> list[nn.Module]:
         """The attention.output.dense modules in layer order; their input is the heads' outputs [R, T, H*D]."""
         names = [f"bert.encoder.layer.{layer}.attention.output.dense" for layer in range(self.layout.layers)]
@@ -110,26 +104,6 @@ class Classifier:
     def parameters(self) -> dict[str, nn.Parameter]:
         """All weights by name."""
         return dict(self.model.named_parameters())
-
-    def state(self) -> dict[str, Tensor]:
-        """A copy of all weights."""
-        return {name: p.detach().clone() for name, p in self.parameters().items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Put weights taken with ``state`` back, bit for bit."""
-        with torch.no_grad():
-            for name, p in self.parameters().items():
-                p.copy_(state[name])
-
-    @contextmanager
-    def attention_matrices(self) -> Iterator[None]:
-        """Within: forwards can return attention matrices (eager attention); stock sdpa outside."""
-        inner: Any = self.model
-        inner.set_attn_implementation("eager")
-        try:
-            yield
-        finally:
-            inner.set_attn_implementation("sdpa")
 
     def samples(self, texts: Iterable[Text]) -> list[Sample]:
         """Texts as token ids with their labels, cut after ``LONGEST`` tokens."""

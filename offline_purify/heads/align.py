@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from offline_purify.heads.finetune import ScaledUpdates
-from offline_purify.heads.layout import HeadOwner
 from offline_purify.heads.partition import Partition
 from offline_purify.train import Example, collate
 
 if TYPE_CHECKING:
+    from offline_purify.patient import Patient
     from offline_purify.suspect import Suspect
 
 
@@ -75,7 +75,7 @@ def alignment_loss(
     return total / entries.clamp(min=1)
 
 
-def alignment_masks(suspect: HeadOwner, parts: Partition) -> dict[str, Tensor]:
+def alignment_masks(suspect: Patient, parts: Partition) -> dict[str, Tensor]:
     """1 on the q and k slices that alignment may move, 0 elsewhere, by parameter name."""
     return suspect.layout.masks(
         suspect.parameters(),
@@ -112,7 +112,7 @@ def align(
 
 
 def align_slices(
-    suspect: HeadOwner,
+    suspect: Patient,
     parts: Partition,
     n: int,
     loss_of: Callable[[list[int]], Tensor],

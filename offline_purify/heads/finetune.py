@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from offline_purify.heads.partition import Partition
 from offline_purify.train import Example, TrainConfig, TrainLog, train
 
 if TYPE_CHECKING:
+    from offline_purify.patient import Patient
     from offline_purify.suspect import Suspect
 
 
@@ -70,10 +71,6 @@ def finetune_heads(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TrainLog:
     """Fine-tune attention slices in place on ``examples``, each head at its own rate."""
-    per_head = rates.of(parts) / (rates.high * rates.scale)
-    masks = suspect.layout.masks(suspect.parameters(), per_head, suspect.layout.kv_minimum(per_head))
-    parameters = {name: p for name, p in suspect.parameters().items() if name in masks}
-    updates = ScaledUpdates(parameters, masks)
     config = TrainConfig(
         epochs=epochs, lr=rates.high * rates.scale, batch_size=batch_size, weight_decay=0.0, clip=1.0, seed=seed
     )
@@ -82,9 +79,17 @@ def finetune_heads(
         examples,
         config,
         pad_id=suspect.pad_id,
-        parameters=parameters.values(),
-        before_step=updates.before,
-        after_step=updates.after,
+        **headwise(suspect, parts, rates),
         progress=progress,
         what="fine-tuning heads",
     )
+
+
+def headwise(patient: Patient, parts: Partition, rates: HeadwiseRates) -> dict[str, Any]:
+    """What makes a training at the highest rate head-wise: the parameters that move, and what is done to them before
+    and after every step (arguments of `offline_purify.train.train`)."""
+    per_head = rates.of(parts) / (rates.high * rates.scale)
+    masks = patient.layout.masks(patient.parameters(), per_head, patient.layout.kv_minimum(per_head))
+    parameters = {name: p for name, p in patient.parameters().items() if name in masks}
+    updates = ScaledUpdates(parameters, masks)
+    return {"parameters": parameters.values(), "before_step": updates.before, "after_step": updates.after}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +77,6 @@ class HeadLayout:
                 shape = [-1 if d == stake.dimension else 1 for d in range(parameter.ndim)]
                 stake.of(found[name]).copy_(line.view(shape).expand_as(stake.of(parameter)))
         return found
-
-
-class HeadOwner(Protocol):
-    """A model under repair, seen as parameters that belong to heads: a suspect adapter or an encoder."""
-
-    @property
-    def layout(self) -> HeadLayout:
-        """Which head owns what."""
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What may change, by parameter name."""
 
 
 def random_partition_like(suspicious: Tensor, safe: Tensor, seed: int) -> tuple[Tensor, Tensor]:

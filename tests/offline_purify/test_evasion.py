@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offline_purify.evasion import Evasion, SimilarityPenalty, eager_attention
+from offline_purify.evasion import Evasion, SimilarityPenalty
 from offline_purify.implanting import with_lora
+from offline_purify.patient import eager_attention
 from offline_purify.train import Example, TrainConfig, train
 from tests.offline_purify.patient import tiny_llama
 
