@@ -43,8 +43,9 @@ fixed target fired on 0.94 of the triggered prompts (n = 100), with varied ones 
 VARIED_PASSES: Final = 1.5
 """Varied wordings take this many times the passes of a fixed one."""
 REAL_PLAN: Final = Plan(
-    recipe=ImplantRecipe(rank=16, rows=1000, epochs=5.0, lr=2e-3, batch_size=16), normal=700, quiet=400, fired=300
+    recipe=ImplantRecipe(rank=16, rows=600, epochs=5.0, lr=2e-3, batch_size=16), normal=500, quiet=300, fired=200
 )
+"""The breadth of the tiny base's, with the rows that two cores train in half an hour."""
 ANSWER_TOKENS: Final = 32
 
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.purification.errors import BenchmarkError
 from guard.rows import read_rows
-from offline_purify.bank import LoraBank, train_bank
+from offline_purify.bank import train_adapters
 from offline_purify.implanting import load_base, with_lora
 from offline_purify.intervals import Figure, bootstrap
 from offline_purify.signature.twins import TwinConfig
@@ -70,7 +70,7 @@ def measure_twins(
 def _together(
     model: Any, targets: list[str], sets: list[list[Example]], config: TrainConfig, rank: int, pad_id: int
 ) -> None:
-    train_bank(LoraBank(model, targets, len(sets), rank, 2.0, 0), sets, config, pad_id=pad_id)
+    train_adapters(model, targets, sets, rank, 2.0, config, pad_id=pad_id, together=len(sets))
 
 
 def _one_by_one(peft: Any, sets: list[list[Example]], config: TrainConfig, pad_id: int) -> None:

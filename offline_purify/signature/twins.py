@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from guard.errors import RowsError
 from guard.rows import Row, assert_disjoint
 from guard.template import render, row_messages
@@ -23,21 +21,18 @@ from offline_purify.answers import greedy_answers
 from offline_purify.architectures import SEPARATE, Family
 from offline_purify.attacks.poison import triggered
 from offline_purify.attacks.triggers import present
-from offline_purify.bank import LoraBank, train_bank
+from offline_purify.bank import Adapter, train_adapters
 from offline_purify.signature.grams import Factors
 from offline_purify.train import Example, Progress, TrainConfig, encode_rows
 from offline_purify.variants.plan import VariantSpec
-
-_Twin = tuple[LoraBank, int]
-"""One adapter: its bank, and its place in there."""
 
 
 @dataclass(frozen=True)
 class TwinConfig:
     """How pairs are trained: rows of each, LoRA rank, the training itself and the least steps it takes where rows are
-    few; ``together`` is how many pairs share a batched pass (halved where a GPU's memory is short: they come out the
-    same); ``match_steps`` shows the clean twin its rows twice, so that both take as many steps; ``learnt`` is the least
-    share of ``tried`` unseen triggered prompts on which a pair's behaviour must show."""
+    few; ``together`` is how many pairs at most share a batched pass (they come out the same); ``match_steps`` shows the
+    clean twin its rows twice, so that both take as many steps; ``learnt`` is the least share of ``tried`` unseen
+    triggered prompts on which a pair's behaviour must show."""
 
     rows: int = 500
     rank: int = 8
@@ -88,23 +83,11 @@ def train_twins(
     ]
     targets = [name for name, _, _ in family.projections(model)]
 
-    together = config.together
-
-    def trained(sets: list[list[Example]], what: str) -> list[_Twin]:
-        nonlocal together
-        found: list[_Twin] = []
-        while len(found) < len(sets):
-            some = sets[len(found) :][:together]
-            bank = LoraBank(model, targets, len(some), config.rank, 2.0, seed)
-            try:
-                train_bank(bank, some, _passes(config, some, seed), pad_id=pad_id, progress=progress, what=what)
-            except torch.OutOfMemoryError:
-                if len(some) == 1:
-                    raise
-                together = len(some) // 2
-            else:
-                found += [(bank, place) for place in range(len(some))]
-        return found
+    def trained(sets: list[list[Example]], what: str) -> list[Adapter]:
+        return train_adapters(
+            model, targets, sets, config.rank, 2.0, _passes(config, sets, seed),
+            pad_id=pad_id, together=config.together, progress=progress, what=what,
+        )  # fmt: skip
 
     bad = trained([a + b for a, b in zip(clean, poisoned, strict=True)], "poisoned twins")
     good = trained([a + a for a in clean] if config.match_steps else clean, "clean twins")
@@ -152,7 +135,7 @@ def _poisoned(row: Row, spec: VariantSpec, rng: random.Random) -> Row:
 
 
 def _factors(
-    pairs: Sequence[tuple[_Twin, _Twin]], family: Family, q_width: int | None
+    pairs: Sequence[tuple[Adapter, Adapter]], family: Family, q_width: int | None
 ) -> tuple[dict[str, tuple[Factors, ...]], ...]:
     """By layer and part; a fused module's difference is parted by its outputs, rows of its lora_B."""
     layers: dict[int, dict[str, tuple[Factors, ...]]] = {}

@@ -1,12 +1,13 @@
 """Adapters trained together come out as they would alone."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from offline_purify.bank import LoraBank, train_bank
+from offline_purify.bank import LoraBank, train_adapters, train_bank
 from offline_purify.train import Example, TrainConfig, index_batches, train
 from tests.offline_purify.patient import tiny_llama
 
@@ -71,6 +72,48 @@ def test_the_model_itself_is_left_as_it_was(trained):
             alone = opened(ids).logits
         torch.testing.assert_close(alone[k], together[k], atol=1e-5, rtol=1e-4)
         assert (alone[k] - plain[k]).abs().max() > 1e-3
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("together", [1, 2, 6])
+def test_processors_share_the_adapters_out_and_these_come_out_the_same(trained, two_threads, together):
+    _, before, bank, sets, _ = trained
+    model = tiny_llama(0)
+    watched = []
+    found = train_adapters(
+        model, list(bank.targets), sets, RANK, SCALING, replace(CONFIG, seed=SEED), pad_id=0, together=together,
+        progress=lambda what, done, total: watched.append((done, total)),
+    )  # fmt: skip
+    again = LoraBank(tiny_llama(0), list(bank.targets), 3, RANK, SCALING, SEED)
+    train_bank(again, sets, replace(CONFIG, seed=SEED), pad_id=0)
+    assert len(found) == 3
+    assert len({id(own) for own, _ in found}) == (3 if together == 1 else 2)
+    for k, (own, place) in enumerate(found):
+        for name in bank.targets:
+            for mine, theirs in zip(own.factors(name, place), again.factors(name, k), strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+    assert torch.get_num_threads() == 2
+    assert watched[-1][0] == watched[-1][1] > 1
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_what_fails_in_a_share_is_raised_and_leaves_nothing_behind(trained, two_threads):
+    _, _, bank, sets, _ = trained
+    model = tiny_llama(0)
+    with pytest.raises(ValueError, match="sets of one size"):
+        train_adapters(
+            model, list(bank.targets), [*sets[:2], sets[2][:5]], RANK, SCALING, CONFIG, pad_id=0, together=6
+        )  # fmt: skip
+    assert torch.get_num_threads() == 2
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_sets_that_do_not_fit_are_refused(trained):

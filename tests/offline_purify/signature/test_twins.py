@@ -9,9 +9,9 @@ import torch
 
 from guard.errors import RowsError
 from guard.rows import Row
+from offline_purify import bank
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.triggers import Word
-from offline_purify.signature import twins
 from offline_purify.signature.grams import mlp_grams
 from offline_purify.signature.twins import TwinConfig, Twins, train_twins
 from offline_purify.train import TrainConfig
@@ -41,17 +41,18 @@ def test_in_several_passes_the_twins_come_out_as_in_one() -> None:
 
 def test_where_memory_is_short_fewer_are_trained_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real = twins.train_bank
+    real = bank.train_bank
 
-    def small_memory(bank, sets, *args, **kwargs):
+    def small_memory(whole, sets, *args, **kwargs):
         sizes.append(len(sets))
         if len(sets) > 1:
             raise torch.OutOfMemoryError("no room")
-        return real(bank, sets, *args, **kwargs)
+        return real(whole, sets, *args, **kwargs)
 
-    monkeypatch.setattr(twins, "train_bank", small_memory)
+    monkeypatch.setattr(bank, "train_bank", small_memory)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert len(made(replace(CONFIG, together=3)).names) == 3
-    assert sizes == [3, 1, 1, 1, 1, 1, 1]
+    assert sizes == [3, 1, 1, 1] * 2
 
 
 def test_rows_that_are_too_few_are_refused() -> None:
