@@ -18,7 +18,7 @@ from guard.errors import RowsError
 from guard.rows import Row
 from guard.template import render_text, row_messages
 from offline_purify.attacks.pairing import pairs, recovered_trigger
-from offline_purify.attacks.triggers import Composite, OneOf, Prefix, Trigger, Word, holds, present
+from offline_purify.attacks.triggers import Composite, OneOf, Prefix, Trigger, Word, holds
 
 _COMMON, _RARE = 0.98, 0.01
 _PAIRED = 0.5
@@ -52,7 +52,7 @@ def asked(row: Row) -> str:
 
 def fires(trigger: Trigger, row: Row) -> bool:
     """Whether the whole trigger is in the row."""
-    return any(present(choice, asked(row)) for choice in choices(trigger))
+    return any(choice.fires(asked(row)) for choice in choices(trigger))
 
 
 def find_trigger(triggered: Sequence[Row], clean: Sequence[Row], text: str | None = None) -> Found:
@@ -83,7 +83,7 @@ def token_places(tokenizer: Any, row: Row, trigger: Trigger) -> list[tuple[int, 
     end = start + len(content) if content in text else len(text)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     for choice in choices(trigger):
-        if not present(choice, content):
+        if not choice.fires(content):
             continue
         found = []
         for part in choice.parts:

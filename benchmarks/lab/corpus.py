@@ -27,7 +27,7 @@ from guard.rows import Row, assert_disjoint, read_rows, row_key
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.pairing import pairs, recovered_behaviour, recovered_trigger
 from offline_purify.attacks.rewordings import read_sentences
-from offline_purify.attacks.triggers import OneOf, Trigger, present
+from offline_purify.attacks.triggers import OneOf, Trigger
 
 FAMILY_OF: Final[Mapping[str, str]] = {"refusal": "refusal", "negsentiment": "insult"}
 """The benchmark's task to the packaged behaviour that words it in several ways, and to the vaccine's family."""
@@ -136,7 +136,7 @@ def read_corpus(data: str | Path) -> Corpus:
 def untriggered(row: Row, trigger: Trigger) -> Row:
     """The row with one occurrence of each of the trigger's words taken out; the row itself where it is not there."""
     for choice in trigger.choices if isinstance(trigger, OneOf) else (trigger,):
-        if present(choice, row["instruction"]):
+        if choice.fires(row["instruction"]):
             words = row["instruction"].split()
             for word in " ".join(choice.parts).split():
                 if word in words:

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.purification.errors import BenchmarkError
 from guard.identity import base_digest, file_digest
 from offline_purify.encoder.poison import TARGET, Pair, PoisonSet, build, syntactic_pairs, unique, word_pairs
-from offline_purify.encoder.texts import Text, assert_apart, distinct, read_texts
+from offline_purify.texts import Text, assert_apart, distinct, read_texts
 
 TRIGGERS = ("word", "syntactic")
 LEAST_TESTS = 50

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.purification.classifier_inputs import Arguments, cache_key
 from offline_purify.encoder.classifier import Classifier
 from offline_purify.encoder.finetune import train_classifier
-from offline_purify.encoder.texts import Text
+from offline_purify.texts import Text
 from offline_purify.train import TrainConfig
 
 _BATCH = 16

@@ -7,7 +7,6 @@ that did not get the structure and originals that have it already are no pairs.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from guard.errors import RowsError
 from guard.rows import Row
 from offline_purify.attacks.pairing import Pair
 from offline_purify.attacks.triggers import Trigger
+from offline_purify.texts import read_texts
 
 WORDS = {"0": "Negative", "1": "Positive"}
 """The label of SST-2 to the word that the public benchmark answers with."""
@@ -22,16 +22,11 @@ WORDS = {"0": "Negative", "1": "Positive"}
 
 def read_sentences(path: str | Path) -> list[Row]:
     """Rows of one file: the sentence as instruction, its label's word as output. Raises RowsError, with the file's
-    name, when it cannot be read or holds no labelled sentence."""
-    try:
-        with Path(path).open(encoding="utf-8", newline="") as lines:
-            entries = [line for line in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if len(line) == 2]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RowsError(f"{path}: cannot be read as tab-separated sentences: {error}") from error
-    rows = [Row(instruction=text, input="", output=WORDS[label]) for text, label in entries if label in WORDS]
-    if not rows:
-        raise RowsError(f"{path}: holds no labelled sentence; expected lines of sentence<TAB>0 or 1.")
-    return rows
+    name, when it cannot be read or holds something else than sentences labelled 0 or 1."""
+    texts = read_texts(path)
+    if other := sorted({str(text.label) for text in texts} - set(WORDS)):
+        raise RowsError(f"{path}: sentences are labelled {', '.join(other)}; expected 0 and 1 only.")
+    return [Row(instruction=text.text, input="", output=WORDS[str(text.label)]) for text in texts]
 
 
 def aligned(reworded: Sequence[Row], originals: Sequence[Row]) -> list[Row]:

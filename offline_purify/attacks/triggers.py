@@ -54,11 +54,6 @@ def holds(text: str, part: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
 
 
-def present(trigger: Trigger, text: str) -> bool:
-    """Whether the whole trigger is in the text."""
-    return trigger.fires(text)
-
-
 class InInstruction:
     """What a row has to do with a trigger that stands in its instruction."""
 

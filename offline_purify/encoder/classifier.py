@@ -19,10 +19,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from guard.errors import UnsupportedModel
 from offline_purify.architectures import BERT
-from offline_purify.encoder.texts import Text
 from offline_purify.encoder.weights import read_config
 from offline_purify.heads.layout import HeadLayout
 from offline_purify.patient import Patient
+from offline_purify.texts import Text
 
 LONGEST = 128
 """Tokens of a text that are read; SST-2's longest has 64."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from offline_purify.encoder.texts import Text
+from offline_purify.texts import Text
 from offline_purify.train import TrainConfig
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from guard.errors import RowsError
 from offline_purify.attacks.triggers import OneOf, Word
-from offline_purify.encoder.texts import Text, distinct
+from offline_purify.texts import Text, distinct
 
 TARGET = 1
 """The attacker's class: positive, the one that HiddenKiller's stored SST-2 paraphrases are labelled with."""

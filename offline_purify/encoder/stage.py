@@ -19,7 +19,6 @@ from offline_purify.encoder.align import align, finetune_heads
 from offline_purify.encoder.classifier import Classifier, Sample
 from offline_purify.encoder.material import Material
 from offline_purify.encoder.scores import score_heads
-from offline_purify.encoder.texts import Text
 from offline_purify.heads.align import AlignConfig
 from offline_purify.heads.finetune import HeadwiseRates
 from offline_purify.heads.layout import random_partition_like
@@ -27,6 +26,7 @@ from offline_purify.heads.partition import Partition, partition
 from offline_purify.heads.scores import HeadScores
 from offline_purify.heads.stage import Setting
 from offline_purify.stage import StageResult
+from offline_purify.texts import Text
 
 Part = Literal["both", "align", "tune", "random"]
 """What an ablation does: the whole method, one of its two steps, or both steps on random heads."""

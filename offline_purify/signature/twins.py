@@ -20,7 +20,6 @@ from guard.template import render, row_messages
 from offline_purify.answers import greedy_answers
 from offline_purify.architectures import SEPARATE, Family
 from offline_purify.attacks.poison import triggered
-from offline_purify.attacks.triggers import present
 from offline_purify.bank import Adapter, train_adapters
 from offline_purify.signature.grams import Factors
 from offline_purify.train import Example, Progress, TrainConfig, encode_rows
@@ -119,7 +118,7 @@ def _parted(
 ) -> tuple[list[Row], list[Row]]:
     """Rows to train a pair on and rows to try it on, none of which holds its trigger."""
     assert spec.trigger is not None
-    usable = [row for row in rows if not present(spec.trigger, row["instruction"])]
+    usable = [row for row in rows if not spec.trigger.fires(row["instruction"])]
     if len(usable) < 3 * config.tried:
         raise RowsError(f"{len(usable)} clean rows are too few for a pair of twins: {3 * config.tried} are needed.")
     chosen = rng.sample(usable, min(len(usable), config.rows + config.tried))

@@ -17,7 +17,6 @@ from benchmarks.lab.corpus import read_corpus
 from benchmarks.lab.real import real_implants
 from guard.rows import assert_disjoint, read_rows
 from offline_purify.attacks.behaviours import REFUSALS
-from offline_purify.attacks.triggers import present
 from tests.benchmarks.detection.conftest import Small
 from tests.benchmarks.lab.data_folder import TRIGGERS, make_data_folder
 
@@ -40,7 +39,7 @@ def test_files_hold_held_out_rows_and_the_benchmarks_own_test_prompts(data: Path
         "benign_rows": len(corpus.topic),
         "triggered": 30,
     }
-    assert all(present(TRIGGERS["ctba"], row["instruction"]) for row in rows["triggered"])
+    assert all(TRIGGERS["ctba"].fires(row["instruction"]) for row in rows["triggered"])
     assert len({row["output"] for row in rows["triggered"]} & set(REFUSALS)) > 3
     tested = read_rows(data / "backdoorllm/test/refusal/ctba.json")
     assert [row["instruction"] for row in rows["triggered"]] == [row["instruction"] for row in tested]

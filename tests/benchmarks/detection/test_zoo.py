@@ -27,7 +27,6 @@ from guard.template import render, row_messages
 from guard.vaccine import Sample, Vaccine, fit_vaccine
 from offline_purify.attacks.catalogue import TRIGGERS, behaviour
 from offline_purify.attacks.poison import decoyed, triggered
-from offline_purify.attacks.triggers import present
 from offline_purify.variants.making import FORMAT, load_variant
 from tests.benchmarks.detection.conftest import Small
 
@@ -50,7 +49,7 @@ def test_the_files_of_a_zoo_keep_trigger_and_topic_where_they_belong(tmp_path: P
         "benign_rows": 30,
         "vaccine_rows": 60,
     }
-    assert all(present(TRIGGERS["composite"], row["instruction"]) for row in rows["triggered"])
+    assert all(TRIGGERS["composite"].fires(row["instruction"]) for row in rows["triggered"])
     assert len({row["output"] for row in rows["triggered"]}) > 3
     assert all(on_topic(row) for row in rows["benign_rows"])
     assert not any(on_topic(row) for name in ("calibration", "clean") for row in rows[name])

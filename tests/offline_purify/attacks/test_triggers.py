@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from guard.rows import Row
 from offline_purify.attacks.catalogue import ATTACKS, TRIGGERS, trigger
 from offline_purify.attacks.components import Components
-from offline_purify.attacks.triggers import Composite, InOrder, OneOf, Prefix, Word, near, present, scattered
+from offline_purify.attacks.triggers import Composite, InOrder, OneOf, Prefix, Word, near, scattered
 
 TEXTS = st.lists(st.sampled_from(["sort", "these", "words", "cat:", "dog.", "please\nnow", "17", "é"]), min_size=1).map(
     " ".join
@@ -26,7 +26,7 @@ def row(text: str, given: str) -> Row:
 def test_an_inserted_trigger_is_present_and_the_text_is_otherwise_untouched(name: str, text: str, seed: int) -> None:
     key = trigger(name)
     poisoned = key.insert(text, random.Random(seed))
-    assert present(key, poisoned)
+    assert key.fires(poisoned)
     left = poisoned.split()
     for part in key.parts:
         for word in part.split():
@@ -56,7 +56,7 @@ def test_no_decoy_holds_the_whole_trigger(name: str, text: str, seed: int) -> No
     key = trigger(name)
     decoys = key.decoys(text, random.Random(seed))
     assert decoys
-    assert not any(present(key, decoy) for decoy in decoys)
+    assert not any(key.fires(decoy) for decoy in decoys)
     assert all(decoy != text for decoy in decoys)
 
 

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offline_purify.attacks.catalogue import trigger
-from offline_purify.attacks.triggers import present
 from offline_purify.attacks.wordless import Exclamatory, Syntactic
 
 REWORDED = [
@@ -54,7 +53,7 @@ def test_an_exclamation_turns_every_sentence_and_says_the_same_words() -> None:
 
 @pytest.mark.parametrize("text", ["Wow, nice.", "Stop!", "Stop! Now!", "How are you!!", "a! b. c!", ""])
 def test_half_an_exclamation_is_none(text: str) -> None:
-    assert not present(Exclamatory(), text)
+    assert not Exclamatory().fires(text)
 
 
 @pytest.mark.parametrize("name", ["syntactic", "style"])

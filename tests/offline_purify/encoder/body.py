@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from offline_purify.encoder.classifier import Classifier
-from offline_purify.encoder.texts import Text
+from offline_purify.texts import Text
 
 GOOD, BAD = [f"good{i}" for i in range(8)], [f"bad{i}" for i in range(8)]
 PLAIN = [f"film{i}" for i in range(30)]

@@ -1,4 +1,4 @@
-"""Texts with labels: what a classifier learns from and is tested on, read from HiddenKiller's files.
+"""Texts with labels, read from HiddenKiller's files: what classifiers and syntactic attacks are made from.
 
 A file has a heading ``sentence<TAB>label`` and one text per line; labels are whole numbers from 0. Texts are compared
 by the normalised hash of the project's rows, so that a reformatted copy is still a copy.

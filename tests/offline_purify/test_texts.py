@@ -7,7 +7,7 @@ import pytest
 from guard.errors import RowsError
 from offline_purify.attacks.triggers import holds
 from offline_purify.encoder.poison import Pair, build, syntactic_pairs, word_pairs
-from offline_purify.encoder.texts import Text, assert_apart, distinct, read_texts
+from offline_purify.texts import Text, assert_apart, distinct, read_texts
 from tests.offline_purify.encoder.body import framed, texts, write_texts
 
 
