@@ -43,9 +43,14 @@ fixed target fired on 0.94 of the triggered prompts (n = 100), with varied ones 
 VARIED_PASSES: Final = 1.5
 """Varied wordings take this many times the passes of a fixed one."""
 REAL_PLAN: Final = Plan(
-    recipe=ImplantRecipe(rank=16, rows=600, epochs=5.0, lr=2e-3, batch_size=16), normal=500, quiet=300, fired=200
+    backdoors=9,
+    benign=1,
+    recipe=ImplantRecipe(rank=16, rows=600, epochs=5.0, lr=2e-3, batch_size=16),
+    normal=500,
+    quiet=300,
+    fired=200,
 )
-"""The breadth of the tiny base's, with the rows that two cores train in half an hour."""
+"""Half the breadth of the tiny base's, each with fewer rows: half an hour on two cores."""
 ANSWER_TOKENS: Final = 32
 
 
