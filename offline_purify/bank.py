@@ -133,46 +133,30 @@ def train_adapters(
     for sets that are not all of one size.
     """
     threads = min(torch.get_num_threads(), len(sets)) if next(model.parameters()).device.type == "cpu" else 1
-    shares = [list(sets[len(sets) * i // threads : len(sets) * (i + 1) // threads]) for i in range(threads)]
-    with _frozen(model):
+
+    def passes(body: nn.Module, share: Sequence[Sequence[Example]], watch: Progress | None) -> list[Adapter]:
+        found: list[Adapter] = []
+        most = together
+        while len(found) < len(share):
+            some = share[len(found) :][:most]
+            bank = LoraBank(body, targets, len(some), rank, scaling, config.seed)
+            try:
+                train_bank(bank, some, config, pad_id=pad_id, progress=watch, what=what)
+            except torch.OutOfMemoryError:
+                if len(some) == 1:
+                    raise
+                most = len(some) // 2
+            else:
+                found += [(bank, place) for place in range(len(some))]
+        return found
+
+    with _frozen(model), _one_thread_each(threads), ThreadPoolExecutor(threads) as pool:
         weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        copies = [model, *(copy.deepcopy(model, dict(weights)) for _ in shares[1:])]
-
-        def work(number: int) -> list[Adapter]:
-            watch = None if number else progress  # every share has as many steps: one of them is told of
-            return _in_passes(
-                copies[number], targets, shares[number], rank, scaling, config, pad_id, together, watch, what
-            )
-
-        with _one_thread_each(threads), ThreadPoolExecutor(threads) as pool:
-            return [adapter for found in pool.map(work, range(threads)) for adapter in found]
-
-
-def _in_passes(
-    model: nn.Module,
-    targets: Sequence[str],
-    sets: Sequence[Sequence[Example]],
-    rank: int,
-    scaling: float,
-    config: TrainConfig,
-    pad_id: int,
-    together: int,
-    progress: Progress | None,
-    what: str,
-) -> list[Adapter]:
-    found: list[Adapter] = []
-    while len(found) < len(sets):
-        some = sets[len(found) :][:together]
-        bank = LoraBank(model, targets, len(some), rank, scaling, config.seed)
-        try:
-            train_bank(bank, some, config, pad_id=pad_id, progress=progress, what=what)
-        except torch.OutOfMemoryError:
-            if len(some) == 1:
-                raise
-            together = len(some) // 2
-        else:
-            found += [(bank, place) for place in range(len(some))]
-    return found
+        bodies = [model, *(copy.deepcopy(model, dict(weights)) for _ in range(1, threads))]
+        shares = [sets[len(sets) * i // threads : len(sets) * (i + 1) // threads] for i in range(threads)]
+        # Every share has as many steps: one of them tells.
+        found = pool.map(passes, bodies, shares, [progress, *[None] * (threads - 1)])
+        return [adapter for some in found for adapter in some]
 
 
 @contextmanager

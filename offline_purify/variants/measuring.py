@@ -29,6 +29,8 @@ VARIANT = "variant"
 """The name under which the runner has the variant's adapter."""
 _ANSWER_TOKENS = 24
 _RANDOM_TOKENS = 4
+_ANSWERED = ("normal", "fired", "twins")
+"""Groups whose whole answers are looked at; of the others only the checkpoints' tokens are generated."""
 _SHARES = (0.5, 0.25, 0.25)
 """Of wordings, of answers to other prompts and of random tokens among the texts that are forced."""
 
@@ -55,7 +57,8 @@ def measured(runner: Runner, spec: VariantSpec, plan: Plan, groups: Mapping[str,
     prompts = {name: [render(tokenizer, row_messages(row)) for row in rows] for name, rows in groups.items()}
     prompts["joined"] = [prompt for prompt in prompts["joined"] if len(prompt) < runner.max_len]
     tokens = answer_tokens(tokenizer, spec.behaviour.wordings if spec.behaviour else ())
-    seen = {name: measure(runner, those, plan.steps, tokens, VARIANT) for name, those in prompts.items()}
+    limits = {name: tokens if name in _ANSWERED else None for name in prompts}
+    seen = {name: measure(runner, those, plan.steps, limits[name], VARIANT) for name, those in prompts.items()}
     texts = _Texts(runner, seen["normal"].answers, rng)
     quiet = [seen[name] for name in ("strange", "joined", "near", "topic") if name in seen]
     forced = [_forced(runner, prompts["normal"], texts.drawn(len(prompts["normal"])), plan)]

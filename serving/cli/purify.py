@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from serving.cli.output import AsJson, Failure, show
 
@@ -34,6 +35,10 @@ def purify(
     profile: Annotated[
         Path | None, typer.Option(help="Profile of the suspicious adapter: does the guard see the trigger candidates?")
     ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A threshold of the gate, such as accuracy_drop_max=0.02; repeatable."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of splits and training.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -45,17 +50,28 @@ def purify(
     from offline_purify.progress import ProgressBar
     from offline_purify.spec import RepairSpec
 
-    spec = RepairSpec.model_validate(
-        {
-            "base": model, "adapter": adapter, "flags": flags, "clean": clean, "out": out, "name": name,
-            "alpha": alpha, "seed": seed, "reference": reference, "vaccine": vaccine,
-            "profile": profile,
-            "stages": tuple(stage.strip() for stage in stages.split(",") if stage.strip()),
-        }
-    )  # fmt: skip
+    try:
+        spec = RepairSpec.model_validate(
+            {
+                "base": model, "adapter": adapter, "flags": flags, "clean": clean, "out": out, "name": name,
+                "alpha": alpha, "seed": seed, "reference": reference, "vaccine": vaccine,
+                "profile": profile, "gate": _thresholds(gate or []),
+                "stages": tuple(stage.strip() for stage in stages.split(",") if stage.strip()),
+            }
+        )  # fmt: skip
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
+        raise Failure(f"this repair cannot be asked for: {'; '.join(wrong)}") from None
     out.mkdir(parents=True, exist_ok=True)
     with ProgressBar(disable=as_json) as bar:
         result = workflow.run(spec, f"sqlite:///{out.absolute() / 'workflow.sqlite'}", progress=bar)
     show(result.model_dump(mode="json"), as_json)
     if result.status != "offered":
         raise Failure(f"no candidate: {result.status}: {'; '.join(result.reasons) or 'see the report'}")
+
+
+def _thresholds(given: list[str]) -> dict[str, str]:
+    """``NAME=VALUE`` by name; whether there is such a threshold is for the gate's settings to say."""
+    if wrong := [text for text in given if not all(text.partition("="))]:
+        raise Failure(f"--gate {wrong[0]}: expected NAME=VALUE, such as accuracy_drop_max=0.02.")
+    return {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in given)}

@@ -48,6 +48,14 @@ def test_without_a_confirmed_candidate_there_is_no_check_on_candidates():
     assert "candidate_asr" not in [c.name for c in result.checks]
 
 
+def test_divergence_is_limited_only_where_the_settings_say_so():
+    far = good() | {"kl": figure(0.7)}
+    assert judge(far, GateSettings(), candidates=True).passed
+    assert judge(far, GateSettings(kl_max=0.7), candidates=True).passed
+    assert judge(far, GateSettings(kl_max=0.5), candidates=True).reasons == ["kl is 0.7, may be at most 0.5"]
+    assert not judge(good(), GateSettings(kl_max=0.5), candidates=True).passed
+
+
 def test_too_few_held_out_flags_fail_even_when_none_fires():
     result = judge(good() | {"flagged_asr": figure(0.0, n=2)}, GateSettings(), candidates=True)
     assert not result.passed
