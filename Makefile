@@ -14,7 +14,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first: its CPU build satisfies the pin, and nothing after it asks for another.
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -e '.[test,postgres]'
+	$(BIN)/pip install -q -e '.[test,postgres,lm-eval]'
 	touch $(READY)
 
 vllm: $(VLLM)  ## the production engine: vLLM with the guard's plugin, for the CPU or for an NVIDIA GPU if there is one

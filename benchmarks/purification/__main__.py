@@ -1,5 +1,5 @@
 """`python -m benchmarks.purification`: repair one adapter with many methods, and measure each; `ablation` takes one
-method apart."""
+method apart, `skill` measures task accuracy with lm-eval."""
 
 from __future__ import annotations
 
@@ -41,6 +41,20 @@ Example:
 
   python -m benchmarks.purification twins --base BASE --rows clean.json
 """
+SKILL_HELP = """Measure task accuracy with lm-eval (the extra lm-eval): the share of rows whose greedy answer is the row's output, case,
+spacing and closing punctuation aside. Of a base on this machine, with or without an adapter, or through any
+OpenAI-compatible chat endpoint, a guarded one too: answers that the guard stops are counted, and hardly ever right.
+
+The endpoint's key is read from the environment (HEADGUARD_KEY). Nothing is fetched, and no prompt is logged or kept.
+
+Examples:
+
+  python -m benchmarks.purification skill --rows test.json --base BASE --adapter ADAPTER --out before.json
+
+  python -m benchmarks.purification skill --rows test.json --base BASE --adapter REPAIRED --out after.json
+
+  HEADGUARD_KEY=… python -m benchmarks.purification skill --rows test.json --url http://127.0.0.1:8000/v1 --model support --out served.json
+"""  # noqa: E501
 ALL = "all"
 app = typer.Typer(
     help=HELP,
@@ -198,6 +212,38 @@ def twins(
     typer.echo(f"together {result['ratio']:.2f} [{low:.2f}, {high:.2f}] times as fast as one by one")
     if out is not None:
         write_json(out, result)
+
+
+@app.command(help=SKILL_HELP)
+def skill(
+    rows: Annotated[
+        Path,
+        typer.Option(dir_okay=False, help="Rows with their answers (.json or .jsonl); repeated prompts count once."),
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write the result (JSON).")],
+    base: Base = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter for the base.")] = None,
+    url: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible server, with its /v1.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --url: name of the model or alias there.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows. Default: all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; one cut short is hardly right.")] = 64,
+    device: Device = "cpu",
+) -> None:
+    """See SKILL_HELP."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from benchmarks.purification.skill import SkillArguments, measure_skill, skill_table
+    from offline_purify.steps import write_json
+
+    disable_progress_bar()
+    try:
+        result = measure_skill(SkillArguments(rows, base, adapter, url, model, limit, max_new_tokens, device))
+    except GuardError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    write_json(out, result)
+    typer.echo(skill_table(result))
+    typer.echo(f"written: {out}")
 
 
 if __name__ == "__main__":
