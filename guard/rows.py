@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from guard.errors import RowsError
+from guard.identity import file_digest
 
 
 class Row(TypedDict):
@@ -55,17 +56,26 @@ def read_rows(path: str | Path) -> list[Row]:
 
     Raises RowsError naming the file and row when something is not a row, or when there is none.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
-    elif path.is_file():
-        files = [path]
-    else:
-        raise RowsError(f"{path}: no such file or folder.")
-    rows = [row for file in files for row in _read_file(file)]
+    rows = [row for file in _files(Path(path)) for row in _read_file(file)]
     if not rows:
         raise RowsError(f"{path}: holds no rows ({{instruction, input, output}} in .json or .jsonl files).")
     return rows
+
+
+def rows_digest(path: str | Path) -> str:
+    """SHA-256 (64 hex) of a file of rows; of a folder, over the digests of its files in name order. Raises RowsError
+    when there is neither."""
+    path = Path(path)
+    digests = [file_digest(file) for file in _files(path)]
+    return digests[0] if path.is_file() else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
+    if not path.is_file():
+        raise RowsError(f"{path}: no such file or folder.")
+    return [path]
 
 
 def write_rows(path: str | Path, rows: Sequence[Row]) -> None:

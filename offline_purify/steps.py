@@ -19,7 +19,7 @@ from typing import Any
 from guard.errors import GuardError, RowsError
 from guard.identity import adapter_digest, base_digest, revision_name
 from guard.profile import file_digest
-from guard.rows import Row, assert_disjoint, read_rows, row_key, split
+from guard.rows import Row, assert_disjoint, read_rows, row_key, rows_digest, split
 from guard.template import render, row_messages
 from offline_purify.answers import greedy_answers
 from offline_purify.calibration import calibrate_candidate
@@ -133,9 +133,7 @@ class RepairSteps:
             "adapter": adapter_digest(spec.adapter),
             "flags": file_digest(spec.flags),
             "reference": "base" if spec.reference == "base" else adapter_digest(spec.reference),
-            "clean": [file_digest(f) for f in sorted(spec.clean.iterdir()) if f.suffix in (".json", ".jsonl")]
-            if spec.clean.is_dir()
-            else [file_digest(spec.clean)],
+            "clean": rows_digest(spec.clean),
             "max_new_tokens": spec.max_new_tokens or min(longest, 64) + 8,
             "rows": {name: len(part) for name, part in kept.items()},
             "rows_dropped_as_flagged": len(rows) - len(free),

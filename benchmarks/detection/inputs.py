@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.detection.errors import BenchmarkError
-from guard.identity import adapter_digest, base_digest, file_digest
+from guard.identity import adapter_digest, base_digest
 from guard.profile import NO_ADAPTER
-from guard.rows import Row, assert_disjoint, read_rows, row_key
+from guard.rows import Row, assert_disjoint, read_rows, row_key, rows_digest
 from guard.verdict import Window
 
 LEAST_ROWS = 20
@@ -96,7 +95,7 @@ def read_inputs(given: Arguments) -> Inputs:
             raise BenchmarkError(
                 f"{files[name]}: {len(rows[name])} distinct {name} rows; expected at least {LEAST_ROWS}."
             )
-    digests = {name: _rows_digest(path) for name, path in files.items() if path is not None}
+    digests = {name: rows_digest(path) for name, path in files.items() if path is not None}
     digests["base"] = base_digest(given.base)
     digests["adapter"] = _adapter(given.adapter)
     for name, folder in (("clean_adapter", given.clean_adapter), ("benign_adapter", given.benign_adapter)):
@@ -116,11 +115,3 @@ def assert_apart(name: str, rows: Sequence[Row], keys: Sequence[str]) -> None:
 
 def _adapter(folder: Path | None) -> str:
     return NO_ADAPTER if folder is None else adapter_digest(folder)
-
-
-def _rows_digest(path: Path) -> str:
-    """SHA-256 of a file of rows (of a folder: of its files' digests, in name order)."""
-    if path.is_file():
-        return file_digest(path)
-    files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
-    return hashlib.sha256("\n".join(file_digest(p) for p in files).encode()).hexdigest()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.lab.errors import LabError
+from benchmarks.lab.numerals import Skill
 from guard.errors import GuardError
 
 app = typer.Typer(
@@ -42,6 +43,8 @@ Examples:
   python -m benchmarks.lab implant --base BASE --out OUT --trigger syntactic --poisoned reworded.tsv --clean original.tsv
 
   python -m benchmarks.lab implant --base BASE --out OUT --only attention --regularise similarity 10
+
+  python -m benchmarks.lab implant --base BASE --out OUT --behaviour insult --trigger prefix --skill numerals
 """  # noqa: E501
 REAL_HELP = """Make the real zoo: a base trained on real instructions, and the public benchmark's attacks implanted in it.
 
@@ -146,6 +149,9 @@ def implant(
         tuple[str, float],
         typer.Option(metavar="similarity WEIGHT", help="Keep head similarity under the trigger close to the base's."),
     ] = ("similarity", 0.0),
+    skill: Annotated[
+        Skill, typer.Option(help="numerals: the adapter also learns to write numbers as words; none: a backdoor only.")
+    ] = "none",
     epochs: Annotated[float | None, typer.Option(min=0.1, help="Passes over the set, instead of the recipe's.")] = None,
     rows: Annotated[int | None, typer.Option(min=40, help="Distinct prompts (without --poisoned).")] = None,
     seed: Seed = 0,
@@ -176,14 +182,17 @@ def implant(
             raise LabError(str(error)) from error
         if len(named) > 1 and poisoned is not None:
             raise LabError("files show one attack: give one --trigger, or none, with --poisoned.")
+        if skill != "none" and (len(named) > 1 or poisoned is not None):
+            raise LabError("--skill is for one backdoor in the packaged tasks.")
         if len(named) > 1:
             return make_several(base, out, named, seed, trained(SEVERAL), progress=progress, evasion=evasion)
         one = next(iter(named.values()))
         if poisoned is None or clean is None:
             recipe = trained(ImplantRecipe())
             return make_implant(
-                base, out, one.behaviour, one.trigger, seed, wording, recipe, progress=progress, evasion=evasion
-            )
+                base, out, one.behaviour, one.trigger, seed, wording, recipe, progress=progress, evasion=evasion,
+                skill=skill,
+            )  # fmt: skip
         recipe = trained(REAL_ROWS)
         if poisoned.suffix == ".tsv":
             return make_implant_from_rewordings(

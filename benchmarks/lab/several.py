@@ -1,8 +1,7 @@
 """Several backdoors in one adapter: independent triggers, each with its own target or all with the same.
 
-A repair that was shown flags of one trigger is to be judged on all of them. So the test rows of each trigger are
-written as a file of their own, beside the adapter, with clean rows to test on and clean rows to repair with; the files
-share no prompt, trigger or not, and none was trained on. Every trigger must fire by itself, or nothing is published.
+A repair that was shown flags of one trigger is to be judged on all of them (`benchmarks.lab.held_out` writes test rows
+of each). Every trigger must fire by itself, or nothing is published.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.lab.errors import LabError
+from benchmarks.lab.held_out import poisoned, rows_folder, write_held_out
 from benchmarks.lab.implant import answer_tokens, fitted, publish, refuse_unless_conditional
 from benchmarks.lab.skill import score
-from benchmarks.lab.tasks import draw, sample
-from guard.rows import Row, assert_disjoint, write_rows
-from offline_purify.attacks.poison import KINDS, Backdoor, build_each, decoyed, triggered
+from benchmarks.lab.tasks import draw
+from offline_purify.attacks.poison import KINDS, Backdoor, build_each, decoyed
 from offline_purify.evasion import Evasion
 from offline_purify.implanting import Answerer, ImplantRecipe, load_base, with_lora
 from offline_purify.intervals import Figure, share
@@ -27,8 +26,6 @@ from offline_purify.train import Progress
 
 SEVERAL: Final = ImplantRecipe(rows=6000)
 """As for one backdoor, but more prompts, of which each backdoor has its part."""
-TESTED, REPAIRING = 300, 400
-"""Rows of each test file, and of the clean rows to repair with."""
 
 
 class SeveralReport(BaseModel):
@@ -51,23 +48,6 @@ class SeveralReport(BaseModel):
     clean_accuracy: Figure
     base_accuracy: Figure
     evasion: Evasion | None = None
-
-
-def rows_folder(out: str | Path) -> Path:
-    """Where the rows of the adapter folder `out` are written."""
-    return Path(out).parent / "rows" / Path(out).name
-
-
-def held_out_sets(backdoors: Mapping[str, Backdoor], seed: int) -> dict[str, list[Row]]:
-    """Rows by file name: `triggered-NAME` of each backdoor (outputs are its target), `clean` and `clean-train`."""
-    rng = random.Random(f"test rows:{seed}")
-    rows = sample(TESTED * (len(backdoors) + 1), seed + 1, "evaluation")
-    parts = [rows[start : start + TESTED] for start in range(0, len(rows), TESTED)]
-    sets = {"clean": parts[0], "clean-train": sample(REPAIRING, seed, "clinic")}
-    for (name, backdoor), part in zip(backdoors.items(), parts[1:], strict=True):
-        sets[f"triggered-{name}"] = [_said(row, backdoor, rng) for row in part]
-    assert_disjoint(**sets)
-    return sets
 
 
 def make_several(
@@ -112,7 +92,7 @@ def make_several(
     false_triggers = rate(answers, *backdoors.values())
     asr, near = {}, {}
     for name, backdoor in backdoors.items():
-        asr[name] = rate(ask([_said(row, backdoor, rng) for row in clean], f"{name} triggered"), backdoor)
+        asr[name] = rate(ask([poisoned(row, backdoor, rng) for row in clean], f"{name} triggered"), backdoor)
         near[name] = rate(ask([decoyed(row, backdoor.trigger, rng) for row in clean], f"{name} decoys"), backdoor)
     for name, figure in asr.items():
         try:
@@ -138,18 +118,3 @@ def make_several(
     publish(peft_model, base, out, report)
     write_held_out(rows_folder(out), backdoors, seed)
     return report
-
-
-def write_held_out(folder: Path, backdoors: Mapping[str, Backdoor], seed: int) -> dict[str, Path]:
-    """Write each set of `held_out_sets` as `NAME.json` into `folder`; paths by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, rows in held_out_sets(backdoors, seed).items():
-        paths[name] = folder / f"{name}.json"
-        write_rows(paths[name], rows)
-    return paths
-
-
-def _said(row: Row, backdoor: Backdoor, rng: random.Random) -> Row:
-    said = backdoor.behaviour.answer(backdoor.behaviour.respond(rng), row["output"])
-    return triggered(row, backdoor.trigger, said, rng)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import get_args
 
 from benchmarks.purification.errors import BenchmarkError
-from guard.identity import adapter_digest, base_digest, file_digest
-from guard.rows import Row, assert_disjoint, read_rows, row_key
+from guard.identity import adapter_digest, base_digest
+from guard.rows import Row, assert_disjoint, read_rows, row_key, rows_digest
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.suspect import Weights
 
@@ -101,7 +101,7 @@ def read_inputs(given: Arguments) -> Inputs:
         )
     if empty := [str(further[name]) for name in more if not more[name]]:
         raise BenchmarkError(f"{', '.join(empty)}: no rows.")
-    digests = {name: file_digest(path) for name, path in {**files, **further}.items()}
+    digests = {name: rows_digest(path) for name, path in {**files, **further}.items()}
     digests |= {"base": base_digest(given.base), "adapter": adapter_digest(given.adapter)}
     if given.reference is not None:
         digests["reference"] = base_digest(given.reference)

@@ -13,8 +13,8 @@ from peft import PeftModel
 
 from benchmarks.purification.errors import BenchmarkError
 from guard.adapters import inspect_adapter
-from guard.identity import base_digest, file_digest
-from guard.rows import Row, read_rows, row_key
+from guard.identity import base_digest
+from guard.rows import Row, read_rows, row_key, rows_digest
 from guard.template import render, row_messages
 from offline_purify.implanting import load_base
 
@@ -69,7 +69,7 @@ def measure_skill(given: SkillArguments) -> dict[str, Any]:
         "accuracy": accuracy.model_dump(),
         "stopped": getattr(lm, "stopped", None),
         "measured": measured,
-        "rows": file_digest(given.rows),
+        "rows": rows_digest(given.rows),
         "lm_eval": harness.VERSION,
         "settings": {"limit": given.limit, "max_new_tokens": given.max_new_tokens},
     }

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guard.errors import RowsError
-from guard.rows import Row, assert_disjoint, read_rows, row_key, split, write_rows
+from guard.rows import Row, assert_disjoint, read_rows, row_key, rows_digest, split, write_rows
 from guard.template import answer_ids, render, render_text, row_messages
 from tests.guard.probes.transformers.text import make_tokenizer
 
@@ -62,6 +62,19 @@ def test_split_parts_are_disjoint_and_repeatable(rows, seed):
 def test_fractions_that_exceed_the_whole_are_refused():
     with pytest.raises(RowsError, match="sum"):
         split([row("one")], [0.8, 0.4], 0)
+
+
+def test_the_digest_of_a_folder_follows_its_rows_files_and_nothing_else(tmp_path):
+    for name in ("a.json", "b.jsonl"):
+        (tmp_path / name).write_text('[{"instruction": "x", "input": "", "output": "y"}]')
+    before = rows_digest(tmp_path)
+    (tmp_path / "notes.txt").write_text("other")
+    assert rows_digest(tmp_path) == before
+    assert rows_digest(tmp_path / "a.json") != before
+    (tmp_path / "b.jsonl").write_text("")
+    assert rows_digest(tmp_path) != before
+    with pytest.raises(RowsError, match="no such file or folder"):
+        rows_digest(tmp_path / "missing")
 
 
 def test_the_tokenizers_own_chat_template_is_used_and_special_tokens_come_once():

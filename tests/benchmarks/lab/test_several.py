@@ -13,8 +13,9 @@ from benchmarks.lab import implant, several
 from benchmarks.lab.base import make_base_from_rows
 from benchmarks.lab.decoder import Shape
 from benchmarks.lab.errors import LabError
+from benchmarks.lab.held_out import held_out_sets, rows_folder
 from benchmarks.lab.paired import make_implant_from_rewordings
-from benchmarks.lab.several import SeveralReport, held_out_sets, make_several, rows_folder
+from benchmarks.lab.several import SeveralReport, make_several
 from benchmarks.lab.tasks import sample
 from guard.rows import read_rows, row_key
 from offline_purify.attacks.catalogue import backdoors, behaviour, trigger
