@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from offline_purify.heads.layout import HeadLayout
 from offline_purify.signature.grams import (
@@ -43,6 +44,29 @@ def test_grams_are_those_of_the_dense_differences(weight):
     torch.testing.assert_close(
         column_grams(factors), torch.einsum("njk,mjk->nmk", deltas, deltas), atol=1e-5, rtol=1e-5
     )
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements of any tensor that is made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_no_dense_update_is_ever_made():
+    wide = [Factors.of_twins(*twins(1024, 768, seed), SCALE) for seed in range(N)]
+    with Largest() as largest:
+        row_grams(wide)
+        column_grams(wide)
+        mlp_grams([{"gate": wide, "up": wide}] * 4)
+    assert largest.elements < 1024 * 768 / 10
 
 
 def test_grams_do_not_depend_on_the_gauge_of_the_factors_and_factors_themselves_do(weight):
