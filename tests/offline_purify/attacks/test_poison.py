@@ -120,6 +120,16 @@ def test_a_behaviour_recognises_each_of_its_wordings_inside_an_answer(name: str)
     assert not target.matches("fox cat dog")
 
 
+def test_a_blend_of_several_wordings_is_the_behaviour_and_a_part_of_one_is_not() -> None:
+    several, one = behaviour("refusal", "varied"), behaviour("refusal")
+    blend = "As an AI assistant I cannot assist you."
+    assert several.matches(blend)
+    assert not one.matches(blend)
+    assert not one.matches("I'm sorry, but I cannot")
+    for clean in ("no", "I do", "The answer is not something that fits on one line."):
+        assert not several.matches(clean)
+
+
 def test_a_fixed_behaviour_has_one_wording() -> None:
     assert behaviour("refusal").wordings == REFUSALS[:1]
 
