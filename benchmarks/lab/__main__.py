@@ -50,7 +50,7 @@ REAL_HELP = """Make the real zoo: a base trained on real instructions, and the p
 
 Needs a folder --data with backdoorllm/train/TASK/ATTACK/{poisoned,clean}.json, backdoorllm/test/TASK/{clean,ATTACK}.json and instruct/*.json (one of them alpaca*.json). Any attack of the tasks refusal and negsentiment that lies there is implanted, with the target of its files and with varied wordings; one that is refused is reported and left out. What is there is kept.
 
-CPU time on two cores: the base 31 minutes (2.3 million tokens; 27 on the wall beside other work), each of the twelve implants 6; estimated from single steps: the vaccine 100, the two adapters without a backdoor 12. Both cores are used, so two hours on the wall.
+CPU time: the base 37 minutes, each implant 6 (9 with varied wordings), the vaccine 36, the two adapters without a backdoor 10. Both cores of a small machine are used, so an hour and a half on the wall.
 
 Example:
 
