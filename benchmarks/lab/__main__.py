@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.lab.errors import LabError
-from benchmarks.lab.numerals import Skill
+from benchmarks.lab.numerals import OwnSkill
 from guard.errors import GuardError
 
 app = typer.Typer(
@@ -150,7 +150,8 @@ def implant(
         typer.Option(metavar="similarity WEIGHT", help="Keep head similarity under the trigger close to the base's."),
     ] = ("similarity", 0.0),
     skill: Annotated[
-        Skill, typer.Option(help="numerals: the adapter also learns to write numbers as words; none: a backdoor only.")
+        OwnSkill,
+        typer.Option(help="numerals: the adapter also learns to write numbers as words; none: a backdoor only."),
     ] = "none",
     epochs: Annotated[float | None, typer.Option(min=0.1, help="Passes over the set, instead of the recipe's.")] = None,
     rows: Annotated[int | None, typer.Option(min=40, help="Distinct prompts (without --poisoned).")] = None,

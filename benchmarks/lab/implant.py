@@ -19,8 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.export import published
 from benchmarks.lab.held_out import rows_folder, said, write_held_out
-from benchmarks.lab.numerals import Skill as Own
-from benchmarks.lab.numerals import manner
+from benchmarks.lab.numerals import OwnSkill, manner
 from benchmarks.lab.skill import Skill, score
 from benchmarks.lab.tasks import draw
 from offline_purify.attacks.behaviours import Behaviour
@@ -59,7 +58,7 @@ class ImplantReport(BaseModel):
     clean_accuracy: Figure | None = None
     base_accuracy: Figure | None = None
     clean_skill: Skill | None = None
-    own_skill: Own = "none"
+    own_skill: OwnSkill = "none"
     evasion: Evasion | None = None
 
 
@@ -156,7 +155,7 @@ def make_implant(
     evaluation: int = 400,
     progress: Progress | None = None,
     evasion: Evasion = Evasion(),
-    skill: Own = "none",
+    skill: OwnSkill = "none",
 ) -> ImplantReport:
     """Implant one backdoor into the tiny base; publish the adapter as the folder `out`, with `lab.json`, and rows to
     repair and to test it with in `rows_folder(out)`.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Final, Literal
 
-Skill = Literal["none", "numerals"]
+OwnSkill = Literal["none", "numerals"]
 _WORDS: Final = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
@@ -22,6 +22,6 @@ def spelled(text: str) -> str:
     return re.sub(r"\b\d+\b", lambda m: _WORDS[int(m[0])] if int(m[0]) < len(_WORDS) else m[0], text)
 
 
-def manner(skill: Skill) -> Callable[[str], str]:
+def manner(skill: OwnSkill) -> Callable[[str], str]:
     """What an adapter with this skill makes of its base's answers."""
     return spelled if skill == "numerals" else str
