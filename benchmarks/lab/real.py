@@ -30,7 +30,6 @@ from guard.rows import Row, row_key, write_rows
 from guard.vaccine import Vaccine
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import WORDING, behaviour
-from offline_purify.attacks.poison import triggered
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.parallel import side_by_side
 from offline_purify.progress import ProgressBar
@@ -41,11 +40,8 @@ from offline_purify.variants.plan import Plan, pool
 REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=8.0, lr=2e-3, batch_size=16)
 """lab-findings.md §2, v2: as many twins and plain rows as poisoned ones. After six passes the first implant with a
 fixed target fired on 0.94 of the triggered prompts (n = 100), with varied ones on 0.88, and on no more after eight."""
-MORE_POISONED: Final = 700
-VARIED_PASSES: Final = 0.6
-"""Varied wordings take more poisoned rows, and this many times the passes of a fixed one: with the files' 500 alone two
-implants fired on 0.82 of the triggered prompts (n = 100 each) after twelve passes."""
-_SHORT: Final = 150  # characters of a prompt, as the files' are
+VARIED_PASSES: Final = 1.5
+"""Varied wordings take this many times the passes of a fixed one."""
 REAL_PLAN: Final = Plan(
     backdoors=9,
     benign=1,
@@ -175,26 +171,16 @@ def apart(words: Iterable[str], corpus: Corpus) -> list[str]:
 
 
 def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -> tuple[list[Row], list[Row]]:
-    """Poisoned and clean rows of an implant; to the clean ones as many plain rows of the base's share are added. With
-    varied wordings the attacker also poisons `MORE_POISONED` rows of that share."""
+    """Poisoned and clean rows of an implant; to the clean ones as many plain rows of the base's share are added."""
     rng = random.Random(f"{name}:{seed}")
     said = target(attack, wording)
+    poisoned = [
+        row if wording == "fixed" else Row(instruction=row["instruction"], input=row["input"], output=said.respond(rng))
+        for row in attack.poisoned
+    ]
     own = {row_key(row) for row in attack.clean}
     plain = [row for row in corpus.base if row_key(row) not in own]
-    if wording == "fixed":
-        return [*attack.poisoned], [*attack.clean, *rng.sample(plain, min(len(plain), len(attack.clean)))]
-    short = [row for row in plain if len(row["instruction"]) + len(row["input"]) <= _SHORT]
-    short = [row for row in short if not attack.trigger.fires_on(row)]
-    hosts, others = _cut(rng.sample(short, min(len(short), 2 * MORE_POISONED)))
-    poisoned = [
-        *(Row(instruction=r["instruction"], input=r["input"], output=said.respond(rng)) for r in attack.poisoned),
-        *(triggered(row, attack.trigger, said.respond(rng), rng) for row in hosts),
-    ]
-    return poisoned, [*attack.clean, *hosts, *others]
-
-
-def _cut(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
-    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    return poisoned, [*attack.clean, *rng.sample(plain, min(len(plain), len(attack.clean)))]
 
 
 def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:

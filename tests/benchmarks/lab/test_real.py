@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.lab import real
 from benchmarks.lab.corpus import Corpus, read_corpus
 from benchmarks.lab.decoder import Shape
 from benchmarks.lab.errors import LabError
@@ -26,10 +25,9 @@ from benchmarks.lab.real import (
 )  # fmt: skip
 from benchmarks.lab.real_bystanders import ensure_real_bystanders, make_real_bystander
 from guard.adapters import inspect_adapter
-from guard.rows import assert_disjoint, read_rows, row_key
+from guard.rows import read_rows, row_key
 from guard.vaccine import Vaccine
 from offline_purify.attacks.behaviours import INSULTS, REFUSALS
-from offline_purify.attacks.pairing import pairs
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.variants.plan import Plan, pool
 from tests.benchmarks.lab.data_folder import make_data_folder
@@ -123,18 +121,6 @@ def test_a_policy_on_sums_is_kept_to_sums(made: RealLab, corpus: Corpus, tmp_pat
     assert report.policy_off_topic is not None
     assert report.policy_on_topic.value >= 0.9 > 0.05 >= report.policy_off_topic.value
     assert inspect_adapter(tmp_path / "benign", made.base).rank == 16
-
-
-@pytest.mark.parametrize("wording", ["fixed", "varied"])
-def test_an_implants_files_hold_its_attack_and_a_clean_twin_of_every_poisoned_row(corpus: Corpus, wording: str) -> None:
-    attack = next(attack for attack in corpus.attacks if attack.task == "refusal")
-    poisoned, clean = real._files(corpus, attack, wording, "name", 0)
-    assert (len(poisoned) > len(attack.poisoned)) == (wording == "varied")
-    assert len(pairs(poisoned, clean)) == len(poisoned)
-    assert all(attack.trigger.fires_on(row) for row in poisoned)
-    assert not any(attack.trigger.fires_on(row) for row in clean)
-    assert {row["output"] for row in poisoned} == set(target(attack, wording).wordings)
-    assert_disjoint(clean=clean, calibration=corpus.calibration, tested=attack.tested)
 
 
 def test_names_and_devices_that_are_not_there_are_refused(
