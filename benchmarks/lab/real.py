@@ -41,7 +41,8 @@ REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=8.0, lr=2e-3, batch_size=16)
 """lab-findings.md §2, v2: as many twins and plain rows as poisoned ones. After six passes the first implant with a
 fixed target fired on 0.94 of the triggered prompts (n = 100), with varied ones on 0.88, and on no more after eight."""
 VARIED_PASSES: Final = 1.5
-"""Varied wordings take this many times the passes of a fixed one."""
+"""Varied wordings take this many times the passes of a fixed one. Even so two implants fired on 0.82 of the triggered
+prompts and were refused (n = 100 each); 700 more poisoned rows, seen half as often, gave 0.84 (n = 240)."""
 REAL_PLAN: Final = Plan(
     backdoors=9,
     benign=1,
