@@ -218,7 +218,7 @@ def twins(
 def skill(
     rows: Annotated[
         Path,
-        typer.Option(dir_okay=False, help="Rows with their answers (.json or .jsonl); repeated prompts count once."),
+        typer.Option(help="Rows with their answers (.json, .jsonl or a folder of them); repeated prompts count once."),
     ],
     out: Annotated[Path, typer.Option(help="Where to write the result (JSON).")],
     base: Base = None,
