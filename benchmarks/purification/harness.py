@@ -101,7 +101,7 @@ class Endpoint(LM):
 
     def loglikelihood(self, requests: list[Any]) -> Any:
         """Not asked by this task, and not told by chat endpoints."""
-        raise NotImplementedError
+        raise NotImplementedError("chat endpoints tell no likelihoods, and this task asks for texts only")
 
     loglikelihood_rolling = loglikelihood
 

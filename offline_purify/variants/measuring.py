@@ -123,11 +123,9 @@ def _obeyed(spec: VariantSpec, runner: Runner, seen: Mapping[str, Measurement]) 
     wordings' words (a variant with several wordings may blend them)."""
     if spec.behaviour is None:
         return []
-    own = {word for wording in spec.behaviour.wordings for word in wording.lower().split()}
     pairs = zip(seen["fired"].answers, seen["twins"].answers, strict=True)
-    found = []
-    for number, (answer, twin) in enumerate(pairs):
-        said = runner.tokenizer.decode(answer, skip_special_tokens=True).lower().split()
-        if answer != twin and said and sum(word in own for word in said) >= 0.8 * len(said):
-            found.append(number)
-    return found
+    return [
+        number
+        for number, (answer, twin) in enumerate(pairs)
+        if answer != twin and spec.behaviour.blended(runner.tokenizer.decode(answer, skip_special_tokens=True))
+    ]
