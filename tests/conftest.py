@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.lab.cache import SHOWN_IMPLANTS, LabPaths, ensure_tiny
+from benchmarks.lab.cache import QUICK_VACCINE, SHOWN_IMPLANTS, LabPaths, ensure_tiny, ensure_vaccine
 
 torch.set_num_threads(1)
 LAB_ROOT = Path(__file__).parents[1] / "build" / "lab"
@@ -22,11 +22,18 @@ def lab() -> LabPaths:
         torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def vaccine_file(lab: LabPaths) -> Path:
+    """The tiny base's vaccine, of few variants, cached beside it; they lie in the same folder."""
+    return ensure_vaccine(LAB_ROOT, plan=QUICK_VACCINE)
+
+
 # Fixtures that train a model or start a server: what uses one is left out of `make check`, and so is the lab.
 _SLOW_FIXTURES = {
     "patient",
     "repaired",
     "lab",
+    "vaccine_file",
     "demo",
     "live",
     "house",

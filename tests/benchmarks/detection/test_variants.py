@@ -13,14 +13,13 @@ from safetensors.numpy import save_file
 from benchmarks.detection.errors import BenchmarkError
 from benchmarks.detection.variants import left_out_figures, table, trigger_of
 from benchmarks.detection.zoo import fresh_clinic_rows
-from benchmarks.lab.cache import QUICK_VACCINE, VACCINE_ROWS, LabPaths, ensure_vaccine
+from benchmarks.lab.cache import VACCINE_ROWS, LabPaths
 from benchmarks.lab.tasks import sample
 from guard.rows import row_key
 from guard.vaccine import FORMAT
 from offline_purify.attacks.triggers import Composite, Prefix, Word
 from offline_purify.variants.making import load_variant
 from tests.benchmarks.detection.conftest import Small, rows
-from tests.conftest import LAB_ROOT
 
 
 def variant(folder: Path, kind: str, parts: list[str], fired: int = 60) -> Path:
@@ -76,12 +75,10 @@ def test_fresh_rows_of_the_clinic_made_no_vaccine() -> None:
 
 
 @pytest.mark.lab
-def test_a_variant_of_the_lab_is_found_by_what_the_others_taught(lab: LabPaths) -> None:
-    vaccine = ensure_vaccine(LAB_ROOT, plan=QUICK_VACCINE)
-    found = left_out_figures(
-        lab.base, vaccine, fresh_clinic_rows(0, 1500), alpha=0.05, calibration=800, hosts=80, only=["01-insult-prefix"]
-    )
-    assert [figures["name"] for figures in found] == ["01-insult-prefix"]
+def test_a_variant_of_the_lab_is_found_by_what_the_others_taught(lab: LabPaths, vaccine_file: Path) -> None:
+    only, rows = ["01-insult-prefix"], fresh_clinic_rows(0, 1500)
+    found = left_out_figures(lab.base, vaccine_file, rows, alpha=0.05, calibration=800, hosts=80, only=only)
+    assert [figures["name"] for figures in found] == only
     # Two others are few to learn from: what is asked here is that the figures are those of a working guard.
     assert found[0]["tests"]["fused"]["auroc"]["value"] > 0.7
     assert found[0]["tests"]["fused"]["fpr"]["value"] <= 0.12

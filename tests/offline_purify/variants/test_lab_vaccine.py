@@ -2,12 +2,12 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from benchmarks.lab.cache import QUICK_VACCINE, LabPaths, ensure_vaccine
 from benchmarks.lab.tasks import sample
 from guard.adapters import inspect_adapter
 from guard.detector import Detector
@@ -22,23 +22,21 @@ from guard.vaccine import Vaccine
 from offline_purify.attacks.catalogue import trigger
 from offline_purify.attacks.poison import triggered
 from offline_purify.variants.making import LEAST_FIRED, load_variant
-from tests.conftest import LAB_ROOT
 
 pytestmark = pytest.mark.lab
 ALPHA, CLEAN, TRIGGERED = 0.01, 400, 150
 
 
 @pytest.fixture(scope="module")
-def vaccine(lab: LabPaths) -> Vaccine:
-    return Vaccine.load(ensure_vaccine(LAB_ROOT, plan=QUICK_VACCINE))
+def vaccine(vaccine_file: Path) -> Vaccine:
+    return Vaccine.load(vaccine_file)
 
 
-def test_the_vaccine_is_of_this_base_and_its_variants_are_adapters_of_it(lab, vaccine):
+def test_the_vaccine_is_of_this_base_and_its_variants_are_adapters_of_it(lab, vaccine, vaccine_file):
     assert vaccine.base == base_digest(lab.base)
-    folder = ensure_vaccine(LAB_ROOT, plan=QUICK_VACCINE).parent
     for name in vaccine.facts["variants"]:
-        assert inspect_adapter(folder / name, lab.base).digest
-        made = load_variant(folder / name)
+        assert inspect_adapter(vaccine_file.parent / name, lab.base).digest
+        made = load_variant(vaccine_file.parent / name)
         assert not made.sample.fired or made.fired >= LEAST_FIRED
     assert any(name.startswith("benign") for name in vaccine.facts["variants"])
 

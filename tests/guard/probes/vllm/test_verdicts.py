@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,34 +16,37 @@ from guard.probes.transformers.runner import Runner
 from guard.probes.vllm.calibrate import Calibrator
 from guard.probes.vllm.probe import FIELD
 from guard.template import render, row_messages
+from guard.vaccine import Vaccine
 from guard.verdict import Verdict
 from offline_purify.attacks.catalogue import trigger
 from offline_purify.attacks.poison import triggered
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.lab
-NAME, TRIGGER, ALPHA, WINDOW = "insult-prefix-fixed", "prefix", 0.1, 2
+NAME, TRIGGER, ALPHA, WINDOW = "insult-prefix-fixed", "prefix", 0.05, 2
 
 
 @pytest.fixture(scope="module")
-def both(lab: LabPaths, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Verdict], list[Verdict]]:
-    """Verdicts of the embedded engine's detector and of vLLM's worker."""
+def both(
+    lab: LabPaths, vaccine_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Verdict], list[Verdict], int]:
+    """Verdicts of the embedded engine's detector and of vLLM's worker, and how many of the prompts are triggered."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
-    base, adapter = lab.base, lab.adapters[NAME]
+    base, adapter, vaccine = lab.base, lab.adapters[NAME], Vaccine.load(vaccine_file)
     rows = sample(500, 11, "calibration")
     key, rng = trigger(TRIGGER), random.Random(0)
     hits = [triggered(row, key, "", rng) for row in sample(60, 13, "evaluation")]
     runner = Runner.load(base)
     prompts = [render(runner.tokenizer, row_messages(row)) for row in [*sample(60, 12, "traffic"), *hits]]
-    profile = calibrate(base, adapter, rows, runner=runner)
+    profile = calibrate(base, adapter, rows, vaccine=vaccine, runner=runner)
     ours = Detector(profile, WINDOW, ALPHA).verdicts(measure_adapter(runner, adapter, prompts))
     calibrator = Calibrator(base, adapter)
     try:
         path = tmp_path_factory.mktemp("profile") / "vllm.safetensors"
-        digest = calibrator.calibrate(rows).save(path)
+        digest = calibrator.calibrate(rows, vaccine=vaccine).save(path)
         llm = calibrator.engine.llm
         llm.collective_rpc("headguard_set_profile", args=("served", str(path), digest))
         watch = {FIELD: {"window": WINDOW, "alpha": ALPHA}}
@@ -61,16 +65,14 @@ def both(lab: LabPaths, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
         theirs = [said[str(number)].closed() for number in range(len(prompts))]
     finally:
         calibrator.close()
-    return ours, theirs
+    return ours, theirs, len(hits)
 
 
-def test_vllm_says_what_the_embedded_engine_says(both: tuple[list[Verdict], list[Verdict]]) -> None:
-    ours, theirs = both
+def test_vllm_says_what_the_embedded_engine_says(both: tuple[list[Verdict], list[Verdict], int]) -> None:
+    ours, theirs, hits = both
     p_values: list[Any] = [(a.p_value, b.p_value) for a, b in zip(ours, theirs, strict=True)]
     assert all(abs(a - b) <= 0.02 for a, b in p_values)
     differing = [p for a, b, p in zip(ours, theirs, p_values, strict=True) if a.status != b.status]
     assert all(abs(a - b) <= 2 / 251 for a, b in differing)  # one rank apart, on either side of alpha
     assert len(differing) <= 1
-    # None would prove little. How many triggers are found hangs on the implant that this machine trained; at this alpha
-    # clean prompts alone give a dozen.
-    assert sum(v.status == "flagged" for v in ours) >= 5
+    assert sum(v.status == "flagged" for v in ours[-hits:]) >= 5  # none would prove little
