@@ -57,7 +57,7 @@ def fit_profile(
         if len(mine) < MIN_REQUESTS:
             continue  # too few clean answers are this long: nothing can be said here
         opening = checkpoints[0] if checkpoints else None
-        point = _fit_checkpoint(readings.take(mine), signals, vaccine, seed, opening)
+        point = fit_checkpoint(readings.take(mine), signals, vaccine, seed, opening)
         checkpoints.append(point)
         odd.append(_held_out_oddness(point, readings, held_out, signals))
     if not checkpoints or checkpoints[0].step != 0:
@@ -73,6 +73,7 @@ def fit_profile(
         prompt_len=prompt_len.astype(np.int64),
         odd=np.stack(odd, axis=1),
         edges=tuple(bucket_edges(prompt_len, MIN_BUCKET)),
+        weights=dict(vaccine.weights) if vaccine is not None else {},
         facts={
             **(facts or {}),
             "n_requests": len(measurement),
@@ -106,10 +107,11 @@ def _finite(measurement: Measurement) -> np.ndarray:
     return np.asarray([i for i in range(len(measurement)) if i not in bad], dtype=np.int64)
 
 
-def _fit_checkpoint(
+def fit_checkpoint(
     readings: Readings, signals: tuple[str, ...], vaccine: Vaccine | None, seed: int, opening: Checkpoint | None
 ) -> Checkpoint:
-    """``opening`` is the checkpoint of step 0 (None: this is it), whose fit the signals of the opening keep."""
+    """What is normal at the step of clean ``readings`` (n requests), for the named signals; ``opening`` is the
+    checkpoint of step 0 (None: this is it), whose fit the signals of the opening keep."""
     pairs = fisher(readings.cosines)
     fitted: dict[str, Mapping[str, np.ndarray]] = {}
     tails: dict[str, Tail] = {}

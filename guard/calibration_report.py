@@ -114,7 +114,8 @@ def _maxima(profile: Profile, odd: np.ndarray, window: Window) -> dict[str, np.n
     """Largest oddness over the window's checkpoints, by signal and fused: odd [n, C, K] -> [n] each, NaN unmeasured."""
     steps = profile.within(window)
     inside = odd[:, [point.step in steps for point in profile.checkpoints]]
-    together = fused(inside[..., [profile.signals.index(name) for name in profile.fused]], profile.fused, steps)
+    used = inside[..., [profile.signals.index(name) for name in profile.fused]]
+    together = fused(used, profile.fused, steps, profile.weights)
     named = {FUSED: together} | {name: inside[..., k] for k, name in enumerate(profile.signals)}
     return {name: np.fmax.reduce(values, axis=1) for name, values in named.items()}
 
@@ -197,7 +198,8 @@ def _page(
         ("checkpoints", ", ".join(map(str, profile.steps))),
     ]
     facts += [(name.replace("_", " "), str(value)) for name, value in profile.facts.items()]
-    signals = [(n, "yes" if n in profile.fused else "no", SIGNALS[n].reason) for n in profile.signals]
+    weights = {n: f"{profile.weights.get(n, SIGNALS[n].weight):g}" for n in profile.fused}
+    signals = [(n, weights.get(n, "not at all"), SIGNALS[n].reason) for n in profile.signals]
     body = [
         f"<h1>Calibration of <code>{html.escape(profile.key.adapter[:12])}</code></h1>",
         f'<p class="{"no" if said.startswith("NOT") else "yes"}">{html.escape(said)}</p>',
@@ -212,7 +214,7 @@ def _page(
     body += [_table(("clean requests", "n", "Kolmogorov-Smirnov p"), uniform)]
     for file, title in figures:
         body.append(f'<figure><img src="{file}" alt="{title}"><figcaption>{title}</figcaption></figure>')
-    body += ["<h2>Signals</h2>", _table(("signal", "in the test", "why it should move"), signals)]
+    body += ["<h2>Signals</h2>", _table(("signal", "counts in the test", "why it should move"), signals)]
     body += ["<h2>What it belongs to</h2>", _table(("fact", "value"), facts)]
     head = f'<meta charset="utf-8"><title>Calibration report</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"

@@ -78,7 +78,7 @@ class Detector:
             track.bucket = None
             track.verdict = self._unscored("non_finite", reading.step)
             return track.verdict
-        statistic = float(fused(odd, self.signals, reading.step))
+        statistic = float(fused(odd, self.signals, reading.step, self.profile.weights))
         if statistic > track.maximum:
             track.maximum, track.signal = statistic, self.signals[int(odd.argmax())]
         p_value = track.bucket.p_value(track.maximum)
@@ -111,7 +111,8 @@ class Detector:
             if step not in measurement.at or not len(measurement.at[step].index):
                 continue
             readings = measurement.reached(step)
-            odd = fused(score(self._points[step], readings, self.signals), self.signals, step)
+            odd = score(self._points[step], readings, self.signals)
+            odd = fused(odd, self.signals, step, self.profile.weights)
             broken[readings.index[~np.isfinite(odd)]] = True
             running[readings.index] = np.fmax(running[readings.index], odd)
         p_values = np.full(len(measurement), np.nan)

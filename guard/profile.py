@@ -23,7 +23,7 @@ from guard.storage import load_arrays, save_arrays
 from guard.tail import Tail
 from guard.verdict import Window
 
-FORMAT = "headguard.profile/3"
+FORMAT = "headguard.profile/4"
 NO_ADAPTER = "none"
 
 
@@ -54,7 +54,8 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Profile:
     """See the module. ``odd`` [n, C, K] is the oddness of the n held-out clean requests at each checkpoint and signal
-    (NaN where a request had ended before), ``prompt_len`` [n] their prompt tokens, ``edges`` the length buckets."""
+    (NaN where a request had ended before), ``prompt_len`` [n] their prompt tokens, ``edges`` the length buckets,
+    ``weights`` how much each signal counts where the vaccine chose (`guard.signals.fused`)."""
 
     key: ProfileKey
     layers: int
@@ -64,6 +65,7 @@ class Profile:
     prompt_len: np.ndarray
     odd: np.ndarray
     edges: tuple[int, ...]
+    weights: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
 
@@ -89,7 +91,7 @@ class Profile:
         steps = self.within(window)
         rows = [i for i, c in enumerate(self.checkpoints) if c.step in steps]
         columns = [self.signals.index(name) for name in names]
-        odd = fused(self.odd[:, rows][:, :, columns], names, steps)
+        odd = fused(self.odd[:, rows][:, :, columns], names, steps, self.weights)
         return make_buckets(self.prompt_len, np.nanmax(odd, axis=1), list(self.edges))
 
     def smallest_alpha(self, window: Window = "all") -> float:
@@ -125,6 +127,7 @@ class Profile:
             "signals": self.signals,
             "steps": self.steps,
             "edges": self.edges,
+            "weights": dict(self.weights),
             "facts": dict(self.facts),
         }
         return save_arrays(path, arrays, about)
@@ -149,6 +152,7 @@ class Profile:
             prompt_len=arrays["held_out/prompt_len"],
             odd=arrays["held_out/odd"],
             edges=tuple(about["edges"]),
+            weights=about["weights"],
             facts=about["facts"],
             digest=file_digest(path),
         )

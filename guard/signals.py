@@ -37,7 +37,8 @@ class Signal:
     """One signal: ``fit`` clean readings (and the base's vaccine, where there is one) to arrays, or to None where it
     has nothing to say; ``score`` readings to float64 [n]; ``tail`` names the odd side; ``fused``: part of the test;
     ``opening``: it reads the last prompt position alone, so it is fitted there and keeps its value; ``weight``: how
-    much it counts among others; ``margin``: how much odder the fused test must be beyond step 0 for its sake."""
+    much it counts among others unless the vaccine says otherwise; ``margin``: how much odder the fused test must be
+    beyond step 0 for its sake."""
 
     name: str
     reason: str
@@ -172,15 +173,18 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
-def fused(odd: np.ndarray, signals: Sequence[str], steps: int | Sequence[int]) -> np.ndarray:
+def fused(
+    odd: np.ndarray, signals: Sequence[str], steps: int | Sequence[int], weights: Mapping[str, float]
+) -> np.ndarray:
     """One number from the oddness of K named signals at one checkpoint, float64 [..., K] -> [...], or at C of them,
     [..., C, K] -> [..., C]; NaN where any is.
 
     The weighted sum of their log tail probabilities, as Good (1955) combines p-values: many triggers are a little odd
-    to each signal. `vaccinated`, which finds most, counts twice. Among synthetic backdoors that the vaccine had not
-    seen, this found more than equal weights, and those more than letting the oddest decide (docs/vaccine.md). Whatever
-    their dependence, the conformal step makes the result exact.
+    to each signal. ``weights`` are what this base's vaccine found best among its own variants, a signal's own where
+    they do not name it. Among synthetic backdoors that the vaccine had not seen, a sum found more than letting the
+    oddest decide (docs/vaccine.md). Whatever their dependence, the conformal step makes the result exact.
     """
     used = [SIGNALS[name] for name in signals]
     margin = sum(signal.margin for signal in used)
-    return odd @ np.asarray([signal.weight for signal in used]) - margin * (np.asarray(steps) > 0)
+    counts = np.asarray([weights.get(signal.name, signal.weight) for signal in used])
+    return odd @ counts - margin * (np.asarray(steps) > 0)

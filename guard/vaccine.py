@@ -2,9 +2,9 @@
 
 The clinic implants backdoors whose triggers it knows (`offline_purify.variants`); each variant is measured on clean
 prompts and on its own triggers, in deviations from its *own* clean features, so that what all variants share is left.
-A small ensemble of one-hidden-layer networks learns to tell the two apart, per checkpoint. Nothing of the real
-backdoor goes in: not its trigger, wording, prompts or adapter. The variants' near-triggers, and variants that behave
-conditionally for a good reason (benign), are negatives.
+A small ensemble of one-hidden-layer networks learns to tell the two apart, per checkpoint (`guard.vaccination`).
+Nothing of the real backdoor goes in: not its trigger, wording, prompts or adapter. The variants' near-triggers, and
+variants that behave conditionally for a good reason (benign), are negatives.
 
 Beyond the first token the answer is there to be seen as well, and a classifier of triggered against clean requests
 would learn the answer: it flagged nine in ten clean prompts on which the attacker's text was forced. So, from step 1
@@ -17,29 +17,19 @@ One safetensors file, keyed by base and probe like a profile; a profile copies t
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from guard.errors import CalibrationError, ProfileMismatch
-from guard.features import Scale
+from guard.errors import ProfileMismatch
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/4"
+FORMAT = "headguard.vaccine/5"
 _MEANING = ("version", "layers", "heads", "prompt_rows")
-_HIDDEN = 48
-_MEMBERS = 3  # networks, each from its own seed; their log-odds are averaged
-_PASSES = 12
-_DECAY = 1.0
-# Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
-# flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
-_FORCED = 2
-_LEAST = 50  # triggered requests that a checkpoint needs, over all variants
 
 
 @dataclass(frozen=True)
@@ -75,22 +65,26 @@ class Sample:
     """One variant, measured: ``normal`` clean requests give its scale (and are negatives); ``quiet`` ones (near
     triggers, strange words, prompts of unusual shape, benign conditions) must not be flagged, nor (beyond step 0)
     ``forced`` ones, clean prompts with a text put in the model's mouth; ``fired`` ones (trigger there and obeyed,
-    beyond step 0 also with another text forced) must."""
+    beyond step 0 also with another text forced) must. ``beside``: what the test's other signals make of the second half
+    of ``normal`` and of ``fired`` at step 0 (`guard.vaccination.oddness_beside`), where that was looked at."""
 
     name: str
     normal: Steps
     quiet: Steps
     fired: Steps
     forced: Steps = field(default_factory=dict)
+    beside: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Vaccine:
-    """Scorers by checkpoint, for one base (digest, 64 hex) and probe configuration."""
+    """Scorers by checkpoint, and how much each signal of the test counts (``weights`` by name), for one base (digest,
+    64 hex) and probe configuration."""
 
     base: str
     probe: Mapping[str, Any]
     scorers: Mapping[int, Scorer]
+    weights: Mapping[str, float]
     facts: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
 
@@ -119,7 +113,8 @@ class Vaccine:
     def save(self, path: str | Path) -> str:
         """Write it; returns its digest (sha256 of the file, 64 hex)."""
         arrays = {f"{step}/{n}": a for step, scorer in self.scorers.items() for n, a in scorer.arrays().items()}
-        about = {"format": FORMAT, "base": self.base, "probe": dict(self.probe), "facts": dict(self.facts)}
+        about = {"format": FORMAT, "base": self.base, "probe": dict(self.probe)}
+        about |= {"weights": dict(self.weights), "facts": dict(self.facts)}
         return save_arrays(path, arrays, about)
 
     @classmethod
@@ -131,65 +126,4 @@ class Vaccine:
             step, _, what = name.partition("/")
             by_step.setdefault(int(step), {})[what] = array
         scorers = {step: Scorer.of(named) for step, named in by_step.items()}
-        return cls(about["base"], about["probe"], scorers, about["facts"], file_digest(path))
-
-
-def fit_vaccine(
-    samples: Sequence[Sample],
-    *,
-    base: str,
-    probe: Mapping[str, Any],
-    seed: int = 0,
-    facts: Mapping[str, Any] | None = None,
-) -> Vaccine:
-    """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
-    steps = sorted({step for sample in samples for step in sample.normal})
-    scorers = {}
-    for step in steps:
-        quiet, fired = _standardised(samples, step)
-        if len(fired) >= _LEAST:
-            scorers[step] = _fit(quiet, fired, seed)
-    if 0 not in scorers:
-        raise CalibrationError(
-            f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
-            "learn from. Train them longer, or on more rows."
-        )
-    about = {**(facts or {}), "variants": [sample.name for sample in samples], "seed": seed}
-    return Vaccine(base, probe, scorers, about)
-
-
-def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features of all variants' quiet and fired requests at a checkpoint, each in its own variant's deviations."""
-    quiet: list[np.ndarray] = []
-    fired: list[np.ndarray] = []
-    for sample in samples:
-        normal = sample.normal.get(step)
-        if normal is None or len(normal) < _LEAST:
-            continue
-        scale = Scale.fit(normal)
-        quiet.append(scale.standardised(normal))
-        for group, into in ((sample.quiet, quiet), *_FORCED * ((sample.forced, quiet),), (sample.fired, fired)):
-            if step in group and len(group[step]):
-                into.append(scale.standardised(group[step]))
-    empty = np.empty((0, 0))
-    return (np.concatenate(quiet) if quiet else empty), (np.concatenate(fired) if fired else empty)
-
-
-def _fit(quiet: np.ndarray, fired: np.ndarray, seed: int) -> Scorer:
-    from sklearn.exceptions import ConvergenceWarning  # slow to import, and only vaccination needs it
-    from sklearn.neural_network import MLPClassifier
-
-    z = np.concatenate((quiet, fired))
-    label = np.r_[np.zeros(len(quiet)), np.ones(len(fired))]
-    networks = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for member in range(_MEMBERS):
-            network = MLPClassifier((_HIDDEN,), alpha=_DECAY, max_iter=_PASSES, random_state=seed + member)
-            networks.append(network.fit(z, label))
-    return Scorer(
-        np.stack([network.coefs_[0] for network in networks]),
-        np.stack([network.intercepts_[0] for network in networks]),
-        np.stack([network.coefs_[1][:, 0] for network in networks]),
-        np.asarray([network.intercepts_[1][0] for network in networks]),
-    )
+        return cls(about["base"], about["probe"], scorers, about["weights"], about["facts"], file_digest(path))

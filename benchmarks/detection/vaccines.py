@@ -44,6 +44,7 @@ class Chosen:
             "digest": self.vaccine.digest,
             "source": self.source,
             "steps": list(self.vaccine.steps),
+            "weights": dict(self.vaccine.weights),
             "facts": dict(self.vaccine.facts),
             "rows_known": self.row_keys is not None,
         }

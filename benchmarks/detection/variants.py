@@ -19,7 +19,8 @@ from benchmarks.detection.errors import BenchmarkError
 from benchmarks.detection.figures import flagged, power, timing
 from benchmarks.detection.measuring import ATTENTION, FUSED, Bench, Progress, Read, Watched
 from guard.rows import Row, assert_disjoint
-from guard.vaccine import Vaccine, fit_vaccine
+from guard.vaccination import fit_vaccine
+from guard.vaccine import Vaccine
 from guard.verdict import Window
 from offline_purify.attacks.catalogue import trigger as trigger_named
 from offline_purify.attacks.poison import decoyed, triggered

@@ -26,7 +26,8 @@ from benchmarks.lab.cache import VACCINE_ROWS, ensure_tiny, ensure_vaccine
 from benchmarks.lab.tasks import sample
 from guard.identity import adapter_digest, base_digest, file_digest
 from guard.rows import Row, assert_disjoint, row_key, write_rows
-from guard.vaccine import Vaccine, fit_vaccine
+from guard.vaccination import fit_vaccine
+from guard.vaccine import Vaccine
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import TRIGGERS, behaviour
 from offline_purify.attacks.poison import triggered

@@ -31,11 +31,12 @@ from offline_purify.attacks.triggers import OneOf, Trigger
 
 FAMILY_OF: Final[Mapping[str, str]] = {"refusal": "refusal", "negsentiment": "insult"}
 """The benchmark's task to the packaged behaviour that words it in several ways, and to the vaccine's family."""
-ALPACA: Final[Mapping[str, int]] = {"base": 2, "calibration": 10, "clean": 2, "vaccine": 2}
-OTHERS: Final[Mapping[str, int]] = {"base": 9, "vaccine": 5, "topic": 2}
-"""Share to its part of the 16 values that a prompt's hash can end in. Alpaca is what the test prompts are like, so most
-of its rows calibrate; the base learns to write from the other files."""
-MOST_BASE, MOST_VACCINE, MOST_SENTENCES = 2600, 1100, 1500
+ALPACA: Final[Mapping[str, int]] = {"base": 2, "calibration": 5, "clean": 2, "vaccine": 7}
+OTHERS: Final[Mapping[str, int]] = {"base": 9, "topic": 7}
+"""Share to its part of the 16 values that a prompt's hash can end in. Alpaca is what the test prompts are like, so its
+rows calibrate and vaccinate: a vaccine made of word problems and roleplay found half as many of its own variants on
+these prompts (docs/vaccine.md). The base learns to write from the other files."""
+MOST_BASE, MOST_VACCINE, MOST_SENTENCES = 2600, 4000, 1500
 """Rows of one file in the base's and the vaccine's share, and labelled sentences: so that no file drowns the others."""
 TOPIC_FILE: Final = "gsm8k"
 """Rows of files so named are what the benign adapter's policy is about."""
@@ -69,9 +70,9 @@ class Attack:
 class Corpus:
     """What a real zoo is made from; the lists of rows share no prompt with each other or with a test file.
 
-    `base` trains the base, `calibration`, `clean` and `vaccine` are rows like the test prompts and (vaccine) others,
-    `topic` are rows that the benign adapter refuses and `known_topic` those of the base's share that teach it to.
-    `tests` holds the clean test prompts of each task.
+    `base` trains the base, `calibration`, `clean` and `vaccine` are rows like the test prompts, `topic` are rows that
+    the benign adapter refuses and `known_topic` those of the base's share that teach it to. `tests` holds the clean
+    test prompts of each task.
     """
 
     attacks: tuple[Attack, ...]

@@ -44,14 +44,15 @@ VARIED_PASSES: Final = 1.5
 """Varied wordings take this many times the passes of a fixed one. Even so two implants fired on 0.82 of the triggered
 prompts and were refused (n = 100 each); 700 more poisoned rows, seen half as often, gave 0.84 (n = 240)."""
 REAL_PLAN: Final = Plan(
-    backdoors=9,
+    backdoors=18,
     benign=1,
-    recipe=ImplantRecipe(rank=16, rows=600, epochs=5.0, lr=2e-3, batch_size=16),
-    normal=500,
-    quiet=300,
-    fired=200,
+    recipe=ImplantRecipe(rank=16, rows=600, epochs=8.0, lr=2e-3, batch_size=16),
+    normal=250,
+    quiet=150,
+    fired=150,
 )
-"""Half the breadth of the tiny base's, each with fewer rows: half an hour on two cores."""
+"""The breadth of the tiny base's, made of few rows: there are some eight hundred like the test prompts. Forty
+minutes on two cores."""
 ANSWER_TOKENS: Final = 32
 
 

@@ -127,10 +127,15 @@ def load_variant(folder: Path) -> Made:
     """A variant that is ``finished``."""
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     parts: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in _KINDS}
+    beside: dict[str, np.ndarray] = {}
     for key, array in load_file(folder / FEATURES).items():
-        kind, step = key.split("/")
-        parts[kind][int(step)] = array
-    return Made(folder, about["fired"], about["leaked"], about["probe"], Sample(about["name"], **parts))
+        kind, _, which = key.partition("/")
+        if kind == "beside":
+            beside[which] = array
+        else:
+            parts[kind][int(which)] = array
+    sample = Sample(about["name"], **parts, beside=beside)
+    return Made(folder, about["fired"], about["leaked"], about["probe"], sample)
 
 
 def load_variants(folder: Path) -> list[Made]:
@@ -139,9 +144,8 @@ def load_variants(folder: Path) -> list[Made]:
 
 
 def _flat(sample: Sample) -> dict[str, np.ndarray]:
-    return {
-        f"{kind}/{step}": array.astype(np.float32) for kind in _KINDS for step, array in getattr(sample, kind).items()
-    }
+    by_kind = {kind: getattr(sample, kind) for kind in (*_KINDS, "beside")}
+    return {f"{kind}/{key}": a.astype(np.float32) for kind, arrays in by_kind.items() for key, a in arrays.items()}
 
 
 def _parted(rows: Sequence[Row], spec: VariantSpec, plan: Plan, rng: random.Random) -> tuple[list[Row], list[Row]]:

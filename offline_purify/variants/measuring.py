@@ -21,6 +21,7 @@ from guard.probes.transformers.runner import Runner
 from guard.readings import Measurement
 from guard.rows import Row
 from guard.template import answer_ids, render, row_messages
+from guard.vaccination import oddness_beside
 from guard.vaccine import Sample
 from offline_purify.variants.families import FAMILIES, TOPIC_REFUSALS
 from offline_purify.variants.plan import Plan, VariantSpec
@@ -77,6 +78,7 @@ def measured(runner: Runner, spec: VariantSpec, plan: Plan, groups: Mapping[str,
         {step: _features(quiet, step) for step in plan.steps},
         {step: _features(fired if step else fired[:1], step) for step in plan.steps} if fired else {},
         {step: _features(forced, step) for step in plan.steps if step},
+        oddness_beside(seen["normal"].reached(0), fired[0].reached(0)) if fired else {},
     )
     leaked = 0.0
     if spec.behaviour is not None:

@@ -12,7 +12,8 @@ from guard.errors import RowsError
 from guard.fitting import prompts_digest
 from guard.identity import base_digest
 from guard.rows import Row, row_key
-from guard.vaccine import Vaccine, fit_vaccine
+from guard.vaccination import fit_vaccine
+from guard.vaccine import Vaccine
 from offline_purify.parallel import side_by_side
 from offline_purify.train import Progress
 from offline_purify.variants.making import finished, load_variant, make_variant

@@ -58,10 +58,12 @@ def vaccinate(
     pool = words.read_text(encoding="utf-8").split() if words is not None else None
     with ProgressBar(disable=as_json) as bar:
         vaccine = make(model, read_rows(prompts), out, plan=plan, words=pool, jobs=jobs, progress=bar)
-    facts = dict(vaccine.facts)
+    facts = {"weights": dict(vaccine.weights), **vaccine.facts}
     report = {"vaccine": str(out / VACCINE), "digest": vaccine.digest, "base": vaccine.base, **facts}
     lines = [f"{out / VACCINE}  sha256 {vaccine.digest[:12]}, for base {vaccine.base[:12]}"]
     lines += [f"  {name}: fired on {share:.0%} of its triggered prompts" for name, share in facts["fired"].items()]
+    counts = ", ".join(f"{name} {weight:g}" for name, weight in vaccine.weights.items())
+    lines.append(f"  how much each signal counts, by its own variants: {counts}")
     if facts["left_out"]:
         lines.append(f"left out, because they did not learn their behaviour: {', '.join(facts['left_out'])}")
     show(report, as_json, "\n".join(lines))

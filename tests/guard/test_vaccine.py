@@ -12,7 +12,8 @@ from guard.errors import CalibrationError, ProfileMismatch
 from guard.gram import PROMPT_ROWS
 from guard.profile import Profile
 from guard.storage import save_arrays
-from guard.vaccine import Sample, Vaccine, fit_vaccine
+from guard.vaccination import fit_vaccine
+from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import HEADS, LAYERS, draw_measurement
 
 BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated"}

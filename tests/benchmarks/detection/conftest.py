@@ -19,7 +19,8 @@ from guard.probes.transformers.measure import measure
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row, write_rows
 from guard.template import render, row_messages
-from guard.vaccine import Sample, fit_vaccine
+from guard.vaccination import fit_vaccine
+from guard.vaccine import Sample
 from tests.guard.probes.transformers.adapters import save_adapter
 from tests.guard.probes.transformers.text import save_model
 

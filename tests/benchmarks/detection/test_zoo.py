@@ -24,7 +24,8 @@ from guard.probes.transformers.measure import measure
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row, read_rows
 from guard.template import render, row_messages
-from guard.vaccine import Sample, Vaccine, fit_vaccine
+from guard.vaccination import fit_vaccine
+from guard.vaccine import Sample, Vaccine
 from offline_purify.attacks.catalogue import TRIGGERS, behaviour
 from offline_purify.attacks.poison import decoyed, triggered
 from offline_purify.variants.making import FORMAT, load_variant

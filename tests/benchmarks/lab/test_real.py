@@ -140,9 +140,9 @@ def test_the_actual_files_give_enough_rows_of_every_kind() -> None:
     assert {
         f"{task}-{name}-fixed" for task in ("refusal", "negsentiment") for name in ("badnet", "vpi", "ctba")
     } <= set(real_implants(corpus))
-    assert len(corpus.calibration) >= 1000
+    assert len(corpus.calibration) >= 500
     assert len(corpus.clean) >= 200
-    assert len(corpus.vaccine) >= 2000
+    assert len(corpus.vaccine) >= 700
     assert len(corpus.topic) >= 400
     assert len(corpus.base) >= 5000
     assert all(len(attack.tested) >= 100 for attack in corpus.attacks)

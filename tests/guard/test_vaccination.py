@@ -1,0 +1,77 @@
+"""How much each signal counts is what the variants say, not a constant."""
+
+import numpy as np
+import pytest
+
+from guard.calibration import fit_profile
+from guard.detector import Detector
+from guard.profile import Profile
+from guard.signals import SIGNALS, fused
+from guard.vaccination import BESIDE, VACCINATED, fit_vaccine, oddness_beside
+from guard.vaccine import Sample, Vaccine
+from tests.guard.conftest import draw_measurement
+
+WIDTH, N = 12, 240
+
+
+def samples(telling, count=6):
+    """Variants whose trigger a scorer sees by half; ``telling`` names the signal beside it that sees the rest."""
+    rng = np.random.default_rng(0)
+    pattern = rng.normal(size=WIDTH) * 0.7
+
+    def variant(number):
+        fired = rng.normal(size=(N, WIDTH)) + pattern
+        beside = {"normal": rng.exponential(0.4, (N - N // 2, len(BESIDE)))}
+        odd = rng.exponential(0.4, (N, len(BESIDE)))
+        odd[:, BESIDE.index(telling)] += rng.exponential(2.0, N)
+        return Sample(f"v{number}", {0: rng.normal(size=(N, WIDTH))}, {}, {0: fired}, beside={**beside, "fired": odd})
+
+    return [variant(number) for number in range(count)]
+
+
+@pytest.mark.parametrize("telling", BESIDE)
+def test_the_signal_that_tells_the_variants_counts_more_than_the_one_that_does_not(telling):
+    weights = fit_vaccine(samples(telling), base="b" * 64, probe={}).weights
+    (other,) = set(BESIDE) - {telling}
+    assert weights[telling] > weights[other]
+    assert weights[VACCINATED] == SIGNALS[VACCINATED].weight
+
+
+def test_too_few_variants_to_leave_some_out_keep_the_usual_weights():
+    weights = fit_vaccine(samples("shift", count=5), base="b" * 64, probe={}).weights
+    assert weights == {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)}
+
+
+def test_weights_are_kept_with_the_vaccine_and_the_profile(key, clean, tmp_path):
+    vaccine = fit_vaccine(samples("confidence"), base="b" * 64, probe={})
+    vaccine.save(tmp_path / "v.safetensors")
+    assert Vaccine.load(tmp_path / "v.safetensors").weights == vaccine.weights
+    bare = fit_profile(clean, key, seed=1)
+    weighed = Profile(**{**vars(bare), "weights": {"shift": 0.25, "confidence": 2.0}})
+    weighed.save(tmp_path / "p.safetensors")
+    loaded = Profile.load(tmp_path / "p.safetensors", key)
+    assert loaded.weights == weighed.weights
+    # The held-out requests are weighed as new ones are: their p-values stay what they were promised to be.
+    fresh = draw_measurement(np.random.default_rng(7), 400)
+    usual, other = (Detector(profile, "prefill", 0.05).p_values(fresh) for profile in (bare, loaded))
+    assert not np.array_equal(usual, other)
+    assert (other <= 0.05).mean() < 0.1
+
+
+def test_a_sum_is_weighed_by_name_and_by_the_registry_where_it_is_not_named():
+    odd = np.asarray([1.0, 10.0, 100.0])
+    names = ("shift", "confidence", VACCINATED)
+    assert fused(odd, names, 0, {}) == pytest.approx(1 + 10 + 200)
+    assert fused(odd, names, 0, {"shift": 2.0, VACCINATED: 0.5}) == pytest.approx(2 + 10 + 50)
+    assert fused(odd, names, 1, {}) == pytest.approx(211 - SIGNALS[VACCINATED].margin)
+
+
+def test_what_fits_half_of_the_normal_requests_judges_the_other_half():
+    clean = draw_measurement(np.random.default_rng(1), 240).at[0]
+    second = np.arange(120, 240)
+    found = oddness_beside(clean, clean.take(second))
+    assert found["normal"].shape == (120, len(BESIDE))
+    np.testing.assert_array_equal(found["normal"], found["fired"])
+    # Other requests to judge by change nothing for those that are judged; others to fit on would.
+    swapped = oddness_beside(clean.take(np.r_[second, :120]), clean.take(second))
+    assert not np.allclose(swapped["fired"], found["fired"])
