@@ -22,7 +22,11 @@ def register(app: typer.Typer) -> None:
 def vaccinate(
     model: Annotated[Path, typer.Option(help="Folder of the base model.")],
     prompts: Annotated[
-        Path, typer.Option(help="File or folder of a few thousand clean {instruction, input, output} rows.")
+        Path,
+        typer.Option(
+            help="File or folder of a few thousand clean {instruction, input, output} rows, like the traffic that will "
+            "be served: how much is found hangs on it."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for vaccine.safetensors and the variants; reused when resumed.")],
     variants: Annotated[int, typer.Option(help="Synthetic backdoors to implant.", min=1)] = 18,
