@@ -40,7 +40,7 @@ TAKES, FAILS = "negsentiment-vpi-fixed", "refusal-badnet-fixed"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return read_corpus(make_data_folder(tmp_path_factory.mktemp("data"), pairs=80))
+    return read_corpus(make_data_folder(tmp_path_factory.mktemp("data"), pairs=80, alpaca=800))
 
 
 @pytest.fixture(scope="module")
