@@ -84,7 +84,7 @@ class Vaccine:
     base: str
     probe: Mapping[str, Any]
     scorers: Mapping[int, Scorer]
-    weights: Mapping[str, float]
+    weights: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
 
