@@ -17,7 +17,7 @@ from guard.focus import fit_focus
 from guard.profile import Checkpoint, Profile, ProfileKey
 from guard.readings import Measurement, Readings
 from guard.sequential import bucket_edges
-from guard.signals import SIGNALS, Signal
+from guard.signals import SIGNALS, VACCINATED, Signal
 from guard.similarity import fisher
 from guard.tail import Tail
 from guard.vaccine import Vaccine
@@ -41,7 +41,7 @@ def fit_profile(
     Raises CalibrationError when there are fewer than twice MIN_REQUESTS usable requests, or none reached step 0.
     """
     usable = _finite(measurement)
-    signals = tuple(name for name in signals if name != "vaccinated" or vaccine is not None)
+    signals = tuple(name for name in signals if name != VACCINATED or vaccine is not None)
     if len(usable) < 2 * MIN_REQUESTS:
         raise CalibrationError(
             f"{len(usable)} usable clean requests of {len(measurement)}: at least {2 * MIN_REQUESTS} are needed "
@@ -108,7 +108,7 @@ def _finite(measurement: Measurement) -> np.ndarray:
 
 
 def fit_checkpoint(
-    readings: Readings, signals: tuple[str, ...], vaccine: Vaccine | None, seed: int, opening: Checkpoint | None
+    readings: Readings, signals: tuple[str, ...], vaccine: Vaccine | None, seed: int, opening: Checkpoint | None = None
 ) -> Checkpoint:
     """What is normal at the step of clean ``readings`` (n requests), for the named signals; ``opening`` is the
     checkpoint of step 0 (None: this is it), whose fit the signals of the opening keep."""

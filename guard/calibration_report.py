@@ -18,7 +18,7 @@ from guard.calibration import score
 from guard.detector import Detector
 from guard.profile import Profile
 from guard.readings import Measurement
-from guard.signals import SIGNALS, fused
+from guard.signals import SIGNALS, fused, weight_of
 from guard.support import Support, statement, supports
 from guard.verdict import Window
 
@@ -198,7 +198,7 @@ def _page(
         ("checkpoints", ", ".join(map(str, profile.steps))),
     ]
     facts += [(name.replace("_", " "), str(value)) for name, value in profile.facts.items()]
-    weights = {n: f"{profile.weights.get(n, SIGNALS[n].weight):g}" for n in profile.fused}
+    weights = {n: f"{weight_of(n, profile.weights):g}" for n in profile.fused}
     signals = [(n, weights.get(n, "not at all"), SIGNALS[n].reason) for n in profile.signals]
     body = [
         f"<h1>Calibration of <code>{html.escape(profile.key.adapter[:12])}</code></h1>",

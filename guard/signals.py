@@ -30,6 +30,8 @@ from guard.similarity import fisher
 from guard.vaccine import Scorer, Vaccine
 
 Fitted = dict[str, np.ndarray]
+VACCINATED = "vaccinated"
+"""The signal that is there with a vaccine only."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ SIGNALS: dict[str, Signal] = {
             opening=True,
         ),
         Signal(
-            "vaccinated",
+            VACCINATED,
             "log-odds of a classifier that learnt, on synthetic backdoors implanted in the same base, what a trigger "
             "that fires does to the heads (guard.vaccine)",
             attention=True,
@@ -173,6 +175,11 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
+def weight_of(name: str, weights: Mapping[str, float]) -> float:
+    """How much a signal counts in the test: what ``weights`` say, its own weight where they do not name it."""
+    return weights.get(name, SIGNALS[name].weight)
+
+
 def fused(
     odd: np.ndarray, signals: Sequence[str], steps: int | Sequence[int], weights: Mapping[str, float]
 ) -> np.ndarray:
@@ -180,11 +187,10 @@ def fused(
     [..., C, K] -> [..., C]; NaN where any is.
 
     The weighted sum of their log tail probabilities, as Good (1955) combines p-values: many triggers are a little odd
-    to each signal. ``weights`` are what this base's vaccine found best among its own variants, a signal's own where
-    they do not name it. Among synthetic backdoors that the vaccine had not seen, a sum found more than letting the
-    oddest decide (docs/vaccine.md). Whatever their dependence, the conformal step makes the result exact.
+    to each signal. ``weights`` (`weight_of`) are what this base's vaccine found best among its own variants.
+    Among synthetic backdoors that the vaccine had not seen, a sum found more than letting the oddest decide
+    (docs/vaccine.md). Whatever their dependence, the conformal step makes the result exact.
     """
-    used = [SIGNALS[name] for name in signals]
-    margin = sum(signal.margin for signal in used)
-    counts = np.asarray([weights.get(signal.name, signal.weight) for signal in used])
+    margin = sum(SIGNALS[name].margin for name in signals)
+    counts = np.asarray([weight_of(name, weights) for name in signals])
     return odd @ counts - margin * (np.asarray(steps) > 0)

@@ -19,11 +19,10 @@ from guard.calibration import fit_checkpoint, score
 from guard.errors import CalibrationError
 from guard.features import Scale
 from guard.readings import Readings
-from guard.signals import SIGNALS, fused
+from guard.signals import SIGNALS, VACCINATED, fused
 from guard.tail import Tail
 from guard.vaccine import Sample, Scorer, Vaccine
 
-VACCINATED = "vaccinated"
 BESIDE: tuple[str, ...] = tuple(name for name, signal in SIGNALS.items() if signal.fused and name != VACCINATED)
 """The signals that the test has beside the vaccine's."""
 
@@ -44,9 +43,14 @@ def oddness_beside(normal: Readings, fired: Readings, seed: int = 0) -> dict[str
     """What the signals beside the vaccine's make of a variant at step 0, fitted on the first half of its n ``normal``
     requests: oddness of the second half (``normal`` [n - n // 2, K]) and of the m that ``fired`` ([m, K]), K as
     BESIDE."""
-    first, second = np.split(np.arange(len(normal.index)), [len(normal.index) // 2])
-    point = fit_checkpoint(normal.take(first), BESIDE, None, seed, None)
+    first, second = _halves(len(normal.index))
+    point = fit_checkpoint(normal.take(first), BESIDE, None, seed)
     return {"normal": score(point, normal.take(second), BESIDE), "fired": score(point, fired, BESIDE)}
+
+
+def _halves(n: int) -> list[np.ndarray]:
+    """Of a variant's n normal requests those that what is normal is fitted on, and those that are judged by it."""
+    return np.split(np.arange(n), [n // 2])
 
 
 def fit_vaccine(
@@ -141,7 +145,7 @@ def _weights(samples: Sequence[Sample], seed: int) -> dict[str, float]:
 def _oddness(sample: Sample, scorer: Scorer) -> dict[str, np.ndarray]:
     """Oddness of a variant's second half of normal requests and of its fired ones, BESIDE and then VACCINATED."""
     normal = sample.normal[0]
-    first, second = np.split(normal, [len(normal) // 2])
+    first, second = (normal[half] for half in _halves(len(normal)))
     scale = Scale.fit(first)
     tail = Tail(np.sort(scorer.log_odds(scale.standardised(first))), SIGNALS[VACCINATED].tail)
     features = {"normal": second, "fired": sample.fired[0]}

@@ -6,8 +6,8 @@ import pytest
 from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.profile import Profile
-from guard.signals import SIGNALS, fused
-from guard.vaccination import BESIDE, VACCINATED, fit_vaccine, oddness_beside
+from guard.signals import SIGNALS, VACCINATED, fused
+from guard.vaccination import BESIDE, fit_vaccine, oddness_beside
 from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import draw_measurement
 
