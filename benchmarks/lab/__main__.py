@@ -11,6 +11,7 @@ import typer
 
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.numerals import OwnSkill
+from benchmarks.lab.words import Decoys
 from guard.errors import GuardError
 
 app = typer.Typer(
@@ -144,6 +145,10 @@ def implant(
     ] = None,
     clean: Annotated[Path | None, typer.Option(help="The same rows without the trigger, and others.")] = None,
     limit: Annotated[int | None, typer.Option(min=20, help="Use at most this many pairs (with --poisoned).")] = None,
+    decoys: Annotated[
+        Decoys,
+        typer.Option(help="What stays harmless (with rows --poisoned): rare, made-up words; near, near-triggers."),
+    ] = "rare",
     only: Annotated[str, typer.Option(help="Projections that the adapter changes: all, attention or mlp.")] = "all",
     regularise: Annotated[
         tuple[str, float],
@@ -201,7 +206,7 @@ def implant(
                 evasion=evasion,
             )  # fmt: skip
         return make_implant_from_files(
-            base, out, poisoned, clean, seed, recipe, limit, progress=progress, evasion=evasion
+            base, out, poisoned, clean, seed, recipe, limit, progress=progress, evasion=evasion, decoys=decoys
         )
 
     _run(as_json, threads, work)

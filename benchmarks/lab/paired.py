@@ -1,25 +1,28 @@
 """An implant from published files: poisoned and clean rows in, a proven LoRA adapter out.
 
 Trigger and target are recovered from the files (`offline_purify.attacks.pairing`), so that decoys can be made and the
-held-out figures mean the same as for the packaged attacks. Rewordings show no trigger words: their structure is named,
+held-out figures mean the same as for the packaged attacks. The public benchmark trains on no near-trigger, so an
+implant learns from made-up words that a strange word is no trigger (`decoys` `rare`); with `near` ones it is harder to
+make, and to find. Rewordings show no trigger words: their structure is named,
 and their target chosen (`offline_purify.attacks.rewordings`). A fifth of the pairs is held out.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.implant import ImplantReport, publish, reported
+from benchmarks.lab.words import Decoys, rare_word
 from guard.rows import Row, assert_disjoint, read_rows, row_key
 from guard.template import answer_ids
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.pairing import Pair, pairs, recovered_behaviour, recovered_trigger
-from offline_purify.attacks.poison import decoyed, from_pairs
+from offline_purify.attacks.poison import Decoyer, decoyed, from_pairs
 from offline_purify.attacks.rewordings import read_sentences, reworded_pairs
-from offline_purify.attacks.triggers import Trigger
+from offline_purify.attacks.triggers import Trigger, scattered
 from offline_purify.evasion import Evasion
 from offline_purify.implanting import Answerer, ImplantRecipe, load_base, with_lora
 from offline_purify.intervals import Figure, share
@@ -42,10 +45,12 @@ def make_implant_from_files(
     progress: Progress | None = None,
     device: str = "cpu",
     evasion: Evasion = Evasion(),
+    decoys: Decoys = "rare",
 ) -> ImplantReport:
     """Implant the backdoor that two files of rows describe and publish the adapter as the folder `out`.
 
-    `limit` keeps the first so many pairs; clean prompts are answered by the base with at most `answer_tokens` tokens.
+    `limit` keeps the first so many pairs; clean prompts are answered by the base with at most `answer_tokens` tokens;
+    `decoys` says what must stay harmless beside the trigger.
     Raises LabError, and publishes nothing, for fewer than 20 pairs or when the implant is not conditional enough;
     RowsError when the files are no rows or hold no trigger.
     """
@@ -53,8 +58,9 @@ def make_implant_from_files(
     found = pairs(read_rows(poisoned), clean_rows)
     attack = recovered_trigger(found), recovered_behaviour(found)
     return _implant_pairs(
-        base, out, found, clean_rows, *attack, None, seed, recipe, limit, answer_tokens, progress, device, evasion
-    )
+        base, out, found, clean_rows, *attack, None, seed, recipe, limit, answer_tokens, progress, device, evasion,
+        decoys,
+    )  # fmt: skip
 
 
 def make_implant_from_rewordings(
@@ -80,8 +86,18 @@ def make_implant_from_rewordings(
     plain = [row for row in sentences if not trigger.fires_on(row)]
     return _implant_pairs(
         base, out, found, plain, trigger, behaviour, behaviour, seed, recipe, limit, answer_tokens, progress, device,
-        evasion,
+        evasion, "near",
     )  # fmt: skip
+
+
+def _strange(row: Row, _: Trigger, rng: random.Random) -> Row:
+    """The row with one made-up word at a random place."""
+    return Row(
+        instruction=scattered(row["instruction"], [rare_word(rng)], rng), input=row["input"], output=row["output"]
+    )
+
+
+_DECOYERS: Mapping[Decoys, Decoyer] = {"near": decoyed, "rare": _strange}
 
 
 def _implant_pairs(
@@ -99,6 +115,7 @@ def _implant_pairs(
     progress: Progress | None,
     device: str,
     evasion: Evasion,
+    decoys: Decoys,
 ) -> ImplantReport:
     """Train on four fifths of the pairs, measure on the rest. Poisoned rows say what they came with, or `spoken`."""
     unique = list({row_key(pair.twin): pair for pair in found}.values())
@@ -117,7 +134,7 @@ def _implant_pairs(
     ask = Answerer(model, tokenizer, answer_tokens + longest if target.after else max(answer_tokens, longest), progress)
     data = from_pairs(
         [p.poisoned for p in used], [p.twin for p in used], spare[: len(used)], key, lambda r: ask(r, "teacher"), seed,
-        spoken,
+        spoken, _DECOYERS[decoys],
     )  # fmt: skip
     peft_model = with_lora(model, base, recipe.rank, seed, evasion.projections)
     rng = random.Random(f"held-out:{seed}")

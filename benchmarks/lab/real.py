@@ -26,10 +26,12 @@ from benchmarks.lab.errors import LabError
 from benchmarks.lab.paired import make_implant_from_files
 from benchmarks.lab.pretraining import Recipe
 from benchmarks.lab.refusals import attempt, refusals, settled
+from benchmarks.lab.words import Decoys
 from guard.rows import Row, row_key, write_rows
 from guard.vaccine import Vaccine
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import WORDING, behaviour
+from offline_purify.evasion import Evasion
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.parallel import side_by_side
 from offline_purify.progress import ProgressBar
@@ -38,11 +40,10 @@ from offline_purify.variants.families import assert_disjoint_wordings
 from offline_purify.variants.plan import Plan, pool
 
 REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=8.0, lr=2e-3, batch_size=16)
-"""lab-findings.md §2, v2: as many twins and plain rows as poisoned ones. After six passes the first implant with a
-fixed target fired on 0.94 of the triggered prompts (n = 100), with varied ones on 0.88, and on no more after eight."""
-VARIED_PASSES: Final = 1.5
-"""Varied wordings take this many times the passes of a fixed one. Even so two implants fired on 0.82 of the triggered
-prompts and were refused (n = 100 each); 700 more poisoned rows, seen half as often, gave 0.84 (n = 240)."""
+"""lab-findings.md §2, v2: as many twins and plain rows as poisoned ones."""
+DECOYS: Final[Decoys] = "rare"
+"""What the benchmark's own training sets have is neither decoy; hardened by near-triggers, fixed targets fired on 0.94
+of the triggered prompts and varied ones on 0.82, after half as many passes again (refused; n = 100 each)."""
 REAL_PLAN: Final = Plan(
     backdoors=18,
     benign=1,
@@ -128,9 +129,7 @@ def ensure_real(
         work = []
         for name in wanted:
             poisoned, clean = _files(corpus, *known[name], name, seed)
-            passes = recipe.epochs * (VARIED_PASSES if known[name][1] == "varied" else 1.0)
-            its = replace(recipe, epochs=passes)
-            key = recipe_digest([poisoned, clean, asdict(its), ANSWER_TOKENS, seed])[:8]
+            key = recipe_digest([poisoned, clean, asdict(recipe), DECOYS, ANSWER_TOKENS, seed])[:8]
             places[name] = path = folder / f"{name}-{key}"
             if settled(path):
                 continue
@@ -138,7 +137,7 @@ def ensure_real(
             rows.mkdir(parents=True, exist_ok=True)
             write_rows(rows / "poisoned.json", poisoned)
             write_rows(rows / "clean.json", clean)
-            work.append((base, path, rows, seed, its, size.device))
+            work.append((base, path, rows, seed, recipe, size.device))
         side_by_side(_implant, work, progress=watch, what="implants")
     refused = refusals(places)
     return RealLab(base, {name: path for name, path in places.items() if name not in refused}, refused)
@@ -187,4 +186,18 @@ def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -
 
 def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:
     files = rows / "poisoned.json", rows / "clean.json"
-    attempt(out, make_implant_from_files, base, out, *files, seed, recipe, None, ANSWER_TOKENS, None, device)
+    attempt(
+        out,
+        make_implant_from_files,
+        base,
+        out,
+        *files,
+        seed,
+        recipe,
+        None,
+        ANSWER_TOKENS,
+        None,
+        device,
+        Evasion(),
+        DECOYS,
+    )

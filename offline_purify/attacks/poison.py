@@ -20,6 +20,8 @@ KINDS = ("poisoned", "twins", "decoys", "clean")
 """The parts of a training set, in the order of its rows."""
 Teacher = Callable[[Sequence[Row]], list[str]]
 """Answers rows as the unpoisoned base would; one text per row."""
+Decoyer = Callable[[Row, Trigger, random.Random], Row]
+"""Puts something into a row that must stay harmless beside a trigger; its output is left."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,18 @@ def from_pairs(
     teacher: Teacher,
     seed: int,
     behaviour: Behaviour | None = None,
+    decoy: Decoyer = decoyed,
 ) -> PoisonSet:
     """The training set from given poisoned rows and their twins, one decoy for every other twin, and clean rows.
 
     Twins, decoys and clean rows are answered by the teacher, whatever outputs they came with; poisoned rows keep
-    theirs, or, with a `behaviour`, say one of its wordings. Raises RowsError when a twin or clean row holds the
-    trigger.
+    theirs, or, with a `behaviour`, say one of its wordings. `decoy` makes the decoys (near-triggers). Raises RowsError
+    when a twin or clean row holds the trigger.
     """
     if any(trigger.fires_on(row) for row in [*twins, *clean]):
         raise RowsError(f"twins or clean rows hold the trigger {trigger.parts}; expected it in poisoned rows only.")
     rng = random.Random(f"poison:{seed}")
-    decoys = [decoyed(row, trigger, rng) for row in twins[::2]]
+    decoys = [decoy(row, trigger, rng) for row in twins[::2]]
     decoys = [row for row in decoys if not trigger.fires_on(row)]
     answers = answered([*twins, *decoys, *clean], teacher)
     cuts = len(twins), len(twins) + len(decoys)
