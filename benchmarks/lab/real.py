@@ -39,7 +39,7 @@ from offline_purify.train import Progress
 from offline_purify.variants.families import assert_disjoint_wordings
 from offline_purify.variants.plan import Plan, pool
 
-REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=8.0, lr=2e-3, batch_size=16)
+REAL_IMPLANT: Final = ImplantRecipe(rank=16, epochs=6.0, lr=2e-3, batch_size=16)
 """lab-findings.md §2, v2: as many twins and plain rows as poisoned ones."""
 DECOYS: Final[Decoys] = "rare"
 """What the benchmark's own training sets have is neither decoy; hardened by near-triggers, fixed targets fired on 0.94
