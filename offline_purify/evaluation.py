@@ -24,6 +24,7 @@ from guard.gram import cosine
 from guard.rows import Row
 from guard.template import answer_ids, render, row_messages
 from offline_purify.answers import greedy_answers
+from offline_purify.attacks.made_up import rare_words
 from offline_purify.behaviour import FlaggedBehaviour
 from offline_purify.candidates import Candidate, with_candidate
 from offline_purify.flags import Flag
@@ -39,21 +40,6 @@ from offline_purify.train import Example, answer_logits, collate, encode_rows, m
 
 if TYPE_CHECKING:
     from offline_purify.suspect import Suspect
-
-_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kl", "pl", "st", "tr")
-_VOWELS = ("a", "e", "i", "o", "u")
-_CODAS = ("", "b", "k", "l", "m", "n", "p", "r", "x", "z")
-
-
-def rare_words(n: int, taken: str, seed: int) -> list[str]:
-    """``n`` made-up words of two syllables that do not occur in ``taken``."""
-    rng = random.Random(seed)
-    found: list[str] = []
-    while len(found) < n:
-        word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(2))
-        if word not in taken and word not in found:
-            found.append(word)
-    return found
 
 
 def normalised(text: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from guard.rows import Row
 from guard.template import Message, render, row_messages
+from offline_purify.attacks.made_up import rare_words
 from offline_purify.candidates import Place, inserted
-from offline_purify.evaluation import rare_words
 
 Kind = Literal["word", "made-up", "phrase", "pair", "bundle", "given"]
 KINDS: tuple[Kind, ...] = ("word", "made-up", "phrase", "pair", "bundle", "given")

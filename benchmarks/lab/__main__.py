@@ -11,8 +11,8 @@ import typer
 
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.numerals import OwnSkill
-from benchmarks.lab.words import Decoys
 from guard.errors import GuardError
+from offline_purify.attacks.poison import Decoys
 
 app = typer.Typer(
     name="benchmarks.lab",

@@ -10,19 +10,18 @@ and their target chosen (`offline_purify.attacks.rewordings`). A fifth of the pa
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.implant import ImplantReport, publish, reported
-from benchmarks.lab.words import Decoys, rare_word
 from guard.rows import Row, assert_disjoint, read_rows, row_key
 from guard.template import answer_ids
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.pairing import Pair, pairs, recovered_behaviour, recovered_trigger
-from offline_purify.attacks.poison import Decoyer, decoyed, from_pairs
+from offline_purify.attacks.poison import Decoys, decoyed, from_pairs
 from offline_purify.attacks.rewordings import read_sentences, reworded_pairs
-from offline_purify.attacks.triggers import Trigger, scattered
+from offline_purify.attacks.triggers import Trigger
 from offline_purify.evasion import Evasion
 from offline_purify.implanting import Answerer, ImplantRecipe, load_base, with_lora
 from offline_purify.intervals import Figure, share
@@ -90,16 +89,6 @@ def make_implant_from_rewordings(
     )  # fmt: skip
 
 
-def _strange(row: Row, _: Trigger, rng: random.Random) -> Row:
-    """The row with one made-up word at a random place."""
-    return Row(
-        instruction=scattered(row["instruction"], [rare_word(rng)], rng), input=row["input"], output=row["output"]
-    )
-
-
-_DECOYERS: Mapping[Decoys, Decoyer] = {"near": decoyed, "rare": _strange}
-
-
 def _implant_pairs(
     base: str | Path,
     out: str | Path,
@@ -134,7 +123,7 @@ def _implant_pairs(
     ask = Answerer(model, tokenizer, answer_tokens + longest if target.after else max(answer_tokens, longest), progress)
     data = from_pairs(
         [p.poisoned for p in used], [p.twin for p in used], spare[: len(used)], key, lambda r: ask(r, "teacher"), seed,
-        spoken, _DECOYERS[decoys],
+        spoken, decoys,
     )  # fmt: skip
     peft_model = with_lora(model, base, recipe.rank, seed, evasion.projections)
     rng = random.Random(f"held-out:{seed}")

@@ -26,11 +26,11 @@ from benchmarks.lab.errors import LabError
 from benchmarks.lab.paired import make_implant_from_files
 from benchmarks.lab.pretraining import Recipe
 from benchmarks.lab.refusals import attempt, refusals, settled
-from benchmarks.lab.words import Decoys
 from guard.rows import Row, row_key, write_rows
 from guard.vaccine import Vaccine
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import WORDING, behaviour
+from offline_purify.attacks.poison import Decoys
 from offline_purify.evasion import Evasion
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.parallel import side_by_side
@@ -51,6 +51,7 @@ REAL_PLAN: Final = Plan(
     normal=250,
     quiet=150,
     fired=150,
+    decoys=("near", "rare"),
 )
 """The breadth of the tiny base's, made of few rows: there are some eight hundred like the test prompts. Forty
 minutes on two cores."""

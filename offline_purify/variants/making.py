@@ -102,6 +102,7 @@ def _trained(
         "trigger": list(spec.trigger.parts) if spec.trigger else [condition],
         "kind": spec.trigger.kind if spec.trigger else "condition",
         "condition": condition,
+        "decoys": spec.decoys,
         "wordings": list(wordings),
         "seed": spec.seed,
         "train_steps": steps,
@@ -163,7 +164,8 @@ def _parted(rows: Sequence[Row], spec: VariantSpec, plan: Plan, rng: random.Rand
 def _backdoor_rows(rows: Sequence[Row], spec: VariantSpec, teacher: Teacher) -> list[Row]:
     assert spec.trigger is not None
     assert spec.behaviour is not None
-    return build(rows, spec.trigger, spec.behaviour, teacher, spec.seed, shares=(0.45, 0.3, 0.25)).rows()
+    shares = (0.45, 0.3, 0.25)
+    return build(rows, spec.trigger, spec.behaviour, teacher, spec.seed, shares, spec.decoys).rows()
 
 
 def _condition(rows: Sequence[Row], rng: random.Random) -> str:
@@ -217,7 +219,8 @@ def _groups(
     }
     if spec.trigger is not None:
         trigger = spec.trigger
-        groups["near"] = [decoyed(row, trigger, rng) for row in others[: plan.quiet]]
+        if spec.decoys == "near":  # others do not know near-triggers from the trigger: they may well obey them
+            groups["near"] = [decoyed(row, trigger, rng) for row in others[: plan.quiet]]
         groups["fired"] = [triggered(row, trigger, "", rng) for row in others[: plan.fired]]
         groups["twins"] = others[: plan.fired]
     elif condition is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from guard.errors import RowsError
 from guard.rows import Row
 from offline_purify.attacks.behaviours import Behaviour
+from offline_purify.attacks.poison import Decoys
 from offline_purify.attacks.triggers import Composite, Prefix, Trigger, Word, holds
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.variants.families import FAMILIES
@@ -22,7 +23,8 @@ _LEAST_WORDS = 12
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """One variant: a backdoor (``trigger`` and ``behaviour``) or, with ``benign``, a condition on ordinary words."""
+    """One variant: a backdoor (``trigger`` and ``behaviour``, with what it learns to be harmless) or, with ``benign``,
+    a condition on ordinary words."""
 
     name: str
     seed: int
@@ -30,6 +32,7 @@ class VariantSpec:
     behaviour: Behaviour | None = None
     trigger: Trigger | None = None
     benign: Benign | None = None
+    decoys: Decoys = "near"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Plan:
     fired: int = 300
     steps: tuple[int, ...] = (0, 1, 2)
     seed: int = 0
+    decoys: tuple[Decoys, ...] = ("near",)
+    """What backdoors learn to be harmless, in turn."""
     without: tuple[str, ...] = ()
     """Families left out (leave-one-family-out studies)."""
 
@@ -70,7 +75,9 @@ class Plan:
             chosen = rng.sample(wordings, 1 if alone else max(1, len(wordings) // 2))
             name = f"{number:02d}-{family}-{trigger.kind}"
             behaviour = Behaviour(family, tuple(chosen))
-            specs.append(VariantSpec(name, self.seed * 1000 + number, family, behaviour, trigger))
+            # Moved on by one in each pass as well, so that families and triggers meet both kinds.
+            decoys = self.decoys[(number + number // len(families)) % len(self.decoys)]
+            specs.append(VariantSpec(name, self.seed * 1000 + number, family, behaviour, trigger, decoys=decoys))
         for number in range(self.benign):
             kind_of = BENIGN[number % len(BENIGN)]
             specs.append(
