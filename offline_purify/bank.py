@@ -26,6 +26,9 @@ from offline_purify.architectures import features
 from offline_purify.train import Example, Progress, TrainConfig, answer_sums, collate, index_batches, learning_rate
 
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+# Tokens (padding included) that a processor takes at a time: what is between the layers then stays in its cache. Three
+# adapters with 16 rows of 122 tokens each took 2.0 s a step and adapter in one go, and 1.4 s one by one (6M parameters).
+_CACHED_TOKENS = 2000
 
 
 _SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -207,23 +210,37 @@ def train_bank(
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     losses = torch.zeros(bank.count)
     steps = list(zip(*(index_batches(examples, config) for examples in sets), strict=True))
+    device = parameters[0].device
+    most_tokens = _CACHED_TOKENS if device.type == "cpu" else None
     with _frozen(bank.model), bank.open() as model:
         for number, indices in enumerate(steps):
-            rows = [examples[i] for examples, chosen in zip(sets, indices, strict=True) for i in chosen]
-            batch = collate(rows, pad_id, parameters[0].device)
-            sums, counts = (t.view(bank.count, -1).sum(1) for t in answer_sums(model, batch))
-            each = sums / counts.clamp(min=1)
+            rows = [[examples[i] for i in chosen] for examples, chosen in zip(sets, indices, strict=True)]
+            counts = torch.tensor([sum(len(e.answer) for e in own) for own in rows], device=device).clamp(min=1)
+            losses = torch.zeros(bank.count, device=device)
             optimizer.zero_grad(set_to_none=True)
-            each.sum().backward()
+            for part in _parts(rows, most_tokens):
+                sums, _ = answer_sums(model, collate(part, pad_id, device))
+                each = sums.view(bank.count, -1).sum(1) / counts
+                each.sum().backward()
+                losses += each.detach()
             if config.clip > 0:
                 _clip(parameters, config.clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(number, len(steps), config)
             optimizer.step()
-            losses = each.detach().cpu()
             if progress is not None:
                 progress(what, number + 1, len(steps))
     return losses.tolist()
+
+
+def _parts(rows: Sequence[Sequence[Example]], most_tokens: int | None) -> Iterator[list[Example]]:
+    """A step's rows (as many of each adapter) in parts of at most so many tokens, with as many rows of each adapter:
+    one at least. Their gradients add up to the whole step's."""
+    size = len(rows[0])
+    longest = max(len(example) for own in rows for example in own)
+    taken = size if most_tokens is None else max(1, most_tokens // (longest * len(rows)))
+    for start in range(0, size, taken):
+        yield [example for own in rows for example in own[start : start + taken]]
 
 
 @torch.no_grad()
