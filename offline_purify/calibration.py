@@ -1,4 +1,4 @@
-"""The repaired adapter's own profile: what is normal for it, measured as serving will measure it.
+"""The candidate's own profile: what is normal for it, measured as serving will measure it.
 
 A new revision without a profile would be unscored on its first request, so the clinic fits one on clean rows that no
 stage was trained on and no figure of the gate was measured on. It is measured on the engine and in the dtype that the
@@ -23,7 +23,7 @@ Tick = Callable[[int, int], None]
 
 def calibrate_candidate(
     base: Path,
-    candidate: Path,
+    candidate: Path | None,
     rows: Sequence[Row],
     path: Path,
     *,
@@ -34,7 +34,8 @@ def calibrate_candidate(
     device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure the candidate on clean rows through the guard's probe, fit and save its profile.
+    """Measure the candidate (an adapter of ``base``; None: ``base`` itself, a repaired model) on clean rows through the
+    guard's probe, fit and save its profile.
 
     ``vaccine`` is the file of the base's vaccine, ``like`` the suspicious revision's profile, which names the engine.
     Returns {"digest", "n", "smallest_alpha"}. Raises CalibrationError with too few rows, AlphaTooFine when they cannot
@@ -61,7 +62,13 @@ def _key(profile: Path | None) -> ProfileKey | None:
 
 
 def _by_vllm(
-    base: Path, candidate: Path, rows: Sequence[Row], dtype: str, vaccine: Vaccine | None, seed: int, tick: Tick | None
+    base: Path,
+    candidate: Path | None,
+    rows: Sequence[Row],
+    dtype: str,
+    vaccine: Vaccine | None,
+    seed: int,
+    tick: Tick | None,
 ) -> Profile:
     from guard.probes.vllm.calibrate import Calibrator
 

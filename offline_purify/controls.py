@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def clean_finetuning(suspect: Suspect, material: Material, counter: dict[str, Any] | None) -> None:
     """Fine-tune in place on clean rows only, with as many examples and steps as counter-training had."""
-    config = CounterConfig()
+    config = CounterConfig.of(suspect.setting)
     rows = encode_rows(suspect.tokenizer, material.clean[: config.clean_rows])
     if not rows:
         return
@@ -57,7 +57,7 @@ def random_channels(suspect: Suspect, material: Material, ratio: float) -> None:
     """Silence random channels in place, as many of every layer as the material's signature has at the share ``ratio``,
     and recover as its stage does."""
     assert material.signature is not None
-    silence(suspect, material, replace(SignatureConfig(), choice="random"), material.signature, ratio)
+    silence(suspect, material, replace(SignatureConfig.of(suspect.setting), choice="random"), material.signature, ratio)
 
 
 def random_heads(suspect: Suspect, material: Material, heads: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def random_heads(suspect: Suspect, material: Material, heads: dict[str, Any]) ->
     named = attempt["partition"]
     suspicious, safe = random_partition_like(as_mask(named["suspicious"]), as_mask(named["safe"]), material.seed + 1)
     parts = Partition(suspicious, safe, "random", False)
-    config = HeadsConfig()
+    config = HeadsConfig.of(suspect.setting)
     reached = [t["step"] for t in attempt.get("trace", [])] or [max(config.checkpoints)]
     steps = AlignConfig(lr=attempt["lr"], checkpoints=(max(reached),), seed=material.seed)
     flags = material.true_flags[: config.most_flags]

@@ -23,6 +23,8 @@ from guard.verdict import Span, Verdict
 from offline_purify.behaviour import FlaggedBehaviour, foreign, recurring
 
 Kind = Literal["true", "odd", "false_alarm", "unsorted"]
+KINDS: tuple[Kind, ...] = ("true", "odd", "false_alarm", "unsorted")
+"""``unsorted``: nobody's answer to set it against was had."""
 
 
 @dataclass(frozen=True)

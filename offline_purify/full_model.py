@@ -9,6 +9,7 @@ what needs a second model says so.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from guard.errors import NoReference, UnsupportedModel
 from guard.identity import ADAPTER_CONFIG, base_digest
 from offline_purify.heads.layout import HeadLayout
 from offline_purify.signature.suppress import Start, suppress_model, suppress_model_heads
-from offline_purify.suspect import Suspect, Weights, check_repairable, frozen, load_model
+from offline_purify.suspect import Suspect, Weights, check_repairable, frozen, load_model, unquantised_config
+
+_INDEX = "model.safetensors.index.json"
 
 
 class FullModel(Suspect):
@@ -79,18 +82,43 @@ class FullModel(Suspect):
         _write(self.model, self.tokenizer, Path(folder))
 
 
+def check_model(model: Path, reference: Path | None = None) -> HeadLayout:
+    """Head layout of a whole model that can be repaired, and compared with the reference if one is given; loads no
+    weights.
+
+    Raises UnsupportedModel or AdapterRejected naming what is in the way.
+    """
+    model = Path(model)
+    layout = check_repairable(model)
+    digest, vocabulary = _complete(model), _tokenizer(model).get_vocab()
+    if reference is None:
+        return layout
+    reference = Path(reference)
+    if is_adapter(reference):
+        inspect_adapter(reference, model)
+        return layout
+    unquantised_config(reference)
+    if _complete(reference) == digest:
+        raise UnsupportedModel(f"{reference} is the suspicious model itself: expected another one, which is trusted.")
+    if _tokenizer(reference).get_vocab() != vocabulary:
+        raise UnsupportedModel(f"{reference} has another vocabulary than {model}: expected a reference of its kind.")
+    return layout
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and not a model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 def open_model(model: Path, reference: Path | None = None, device: str = "cpu") -> FullModel:
     """Load a whole model (and the trusted one, if a folder of a model or of an adapter over ``model`` is given).
 
     Raises UnsupportedModel or AdapterRejected, before anything is loaded, for what cannot be repaired or compared.
     """
     model = Path(model)
-    layout = check_repairable(model)
-    base_digest(model)  # refuses what is no model folder in safetensors form
-    trusted = _reference(model, Path(reference)) if reference is not None else None
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    loaded = load_model(model).to(device)
-    suspect = FullModel(loaded, tokenizer, layout, model, trusted.to(device) if trusted is not None else None)
+    layout = check_model(model, reference)
+    trusted = _reference(model, Path(reference)).to(device) if reference is not None else None
+    suspect = FullModel(load_model(model).to(device), _tokenizer(model), layout, model, trusted)
     if not suspect.parameters():
         raise UnsupportedModel(f"{model} has no projection that is called as in {layout.family.name}.")
     return suspect
@@ -103,7 +131,7 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> None:
     """
     check_repairable(base)
     inspect_adapter(adapter, base)
-    _write(_merged(base, adapter), AutoTokenizer.from_pretrained(base, local_files_only=True), Path(folder))
+    _write(_merged(base, adapter), _tokenizer(base), Path(folder))
 
 
 def _merged(base: Path, adapter: Path) -> Any:
@@ -113,15 +141,27 @@ def _merged(base: Path, adapter: Path) -> Any:
 
 def _reference(model: Path, reference: Path) -> Any:
     """The trusted model: a folder's own, or the suspicious model as it came with an adapter merged in."""
-    if (reference / ADAPTER_CONFIG).is_file():
-        inspect_adapter(reference, model)
-        return _merged(model, reference)
-    base_digest(reference)
-    trusted = load_model(reference)
-    ours = AutoTokenizer.from_pretrained(model, local_files_only=True).get_vocab()
-    if AutoTokenizer.from_pretrained(reference, local_files_only=True).get_vocab() != ours:
-        raise UnsupportedModel(f"{reference} has another vocabulary than {model}: expected a reference of its kind.")
-    return trusted
+    return _merged(model, reference) if is_adapter(reference) else load_model(reference)
+
+
+def _complete(folder: Path) -> str:
+    """Digest of a model folder in safetensors form, none of whose shards is missing. Raises UnsupportedModel."""
+    digest = base_digest(folder)
+    if (folder / _INDEX).is_file():
+        try:
+            named = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnsupportedModel(f"{folder}: {_INDEX} cannot be read: {error}") from error
+        if missing := sorted(name for name in named if not (folder / name).is_file()):
+            raise UnsupportedModel(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names.")
+    return digest
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{folder} holds no tokenizer that can be read: {error}") from error
 
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -5,7 +5,8 @@
 
 The plan is a generator: it yields (name, function), is sent what the function returned, and decides the next step from
 that alone, so a durable executor that replays recorded results walks the same path. Of the pipelines that pass the gate
-the simplest is offered; one that fails it is never saved as a candidate.
+the simplest is offered; one that fails it is never saved as a candidate. Adapters and whole models walk the same plan;
+only where nobody is trusted is no reference evaluated, and where nothing stands in for one nothing is repaired.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from guard.errors import GuardError, RowsError
 from guard.rows import read_rows
 from offline_purify.evaluation import figures
 from offline_purify.flags import read_flags
+from offline_purify.full_model import check_model
 from offline_purify.gate import GateResult, judge
 from offline_purify.report import write_report
 from offline_purify.spec import RepairResult, RepairSpec
+from offline_purify.stage import NO_REFERENCE
 from offline_purify.steps import RepairSteps, read_json, write_json
 from offline_purify.suspect import check_repairable
 
@@ -36,10 +39,13 @@ CONTROLS = ("clean_only", "random_channels", "random_heads")
 def check_inputs(spec: RepairSpec) -> None:
     """Raise UnsupportedModel, AdapterRejected or RowsError for input that no repair can start from; loads no
     weights."""
-    check_repairable(spec.base)
-    inspect_adapter(spec.adapter, spec.base)
-    if spec.reference != "base":
-        inspect_adapter(spec.reference, spec.base)
+    if spec.adapter is None:
+        check_model(spec.base, spec.reference_folder)
+    else:
+        check_repairable(spec.base)
+        inspect_adapter(spec.adapter, spec.base)
+        if spec.reference_folder is not None:
+            inspect_adapter(spec.reference_folder, spec.base)
     read_flags(spec.flags)
     rows = read_rows(spec.clean)
     if not any(r["output"].strip() for r in rows):
@@ -80,21 +86,22 @@ def choose(steps: RepairSteps, labels: list[str]) -> dict[str, Any]:
 def plan(steps: RepairSteps) -> Plan:
     """The steps of one repair, in order; returns {"status", "reasons", "chosen", "labels", …}."""
     spec = steps.spec
-    yield "prepare", steps.prepare
+    prepared = yield "prepare", steps.prepare
     kinds = yield "answer", steps.answer
     yield "candidates", steps.candidates
     yield "evaluate before", partial(steps.evaluate, "before")
-    yield "evaluate reference", partial(steps.evaluate, "reference")
+    if spec.has_reference:
+        yield "evaluate reference", partial(steps.evaluate, "reference")
     outcome: dict[str, Any] = {"chosen": None, "repaired": [], "controls": [], "stages": [], "calibration": None}
+    if not spec.has_reference and kinds["references"] == "none":
+        return outcome | {"status": "refused", "reasons": [NO_REFERENCE]}
     if kinds["true"] == 0:
-        outcome |= {
-            "status": "refused",
-            "reasons": [
-                f"nothing to repair: of {sum(kinds.values())} flags, {kinds['false_alarm']} are answered as the "
-                f"reference answers and {kinds['odd']} differ in ways that do not recur"
-            ],
-        }
-        return outcome
+        flags = prepared["flags_train"] + prepared["flags_heldout"]
+        reason = (
+            f"nothing to repair: of {flags} flags, {kinds['false_alarm']} are answered as the reference answers and "
+            f"{kinds['odd']} differ in ways that do not recur"
+        )
+        return outcome | {"status": "refused", "reasons": [reason]}
     passed = False
     stages = list(spec.stages)
     if "signature" in stages:

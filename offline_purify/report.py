@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from offline_purify.evaluation import figures
+from offline_purify.flags import KINDS
 from offline_purify.gate import judge
 from offline_purify.plots import draw_plots
 
@@ -71,6 +72,16 @@ def uncertainties(report: dict[str, Any]) -> list[str]:
         lines.append(
             "The base answered as the trusted reference. A base that is itself backdoored would not be noticed here."
         )
+    if report["references"] == "own":
+        lines.append(
+            "Nobody trusted answered: the suspect's own answers without the trigger stood in, and on clean rows its "
+            "answers as they are. Triggers that were not found, or clean answers that are poisoned, go unnoticed."
+        )
+    if report["kinds"]["unsorted"]:
+        lines.append(
+            f"{report['kinds']['unsorted']} flags could not be compared with any other answer, and were neither "
+            "trained nor tested on."
+        )
     lines.append(
         "One seed, greedy answers, the prompts of this case and these clean rows: other data may behave otherwise."
     )
@@ -86,7 +97,8 @@ def build(steps: RepairSteps, outcome: dict[str, Any], seconds: float) -> dict[s
     flags = read_json(work / "flags.json")
     candidates = read_json(work / "candidates.json")
     before = steps.sitting("before")
-    labels = ["before", "reference", *outcome["repaired"], *outcome["controls"]]
+    trusted = ["reference"] if spec.has_reference else []
+    labels = ["before", *trusted, *outcome["repaired"], *outcome["controls"]]
     states = {
         label: {name: f.model_dump() if f else None for name, f in figures(before, steps.sitting(label)).items()}
         for label in labels
@@ -116,10 +128,7 @@ def build(steps: RepairSteps, outcome: dict[str, Any], seconds: float) -> dict[s
         }
         for i, f in enumerate(held[:8])
     ]
-    kinds = {
-        kind: sum(f["kind"] == kind for f in [*flags["train"], *flags["held"]])
-        for kind in ("true", "odd", "false_alarm")
-    }
+    kinds = {kind: sum(f["kind"] == kind for f in [*flags["train"], *flags["held"]]) for kind in KINDS}
     report = {
         "status": outcome["status"],
         "reasons": outcome["reasons"],
@@ -138,6 +147,7 @@ def build(steps: RepairSteps, outcome: dict[str, Any], seconds: float) -> dict[s
         "calibration": outcome.get("calibration"),
         "examples": examples,
         "reference": facts["reference"],
+        "references": steps.references(),
         "inputs": facts,
         "settings": spec.model_dump(mode="json"),
         "versions": versions(),

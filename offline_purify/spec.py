@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from guard.identity import check_name
 from offline_purify.gate import GateResult, GateSettings
@@ -24,32 +24,44 @@ class RepairSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: Path
-    adapter: Path
+    base: Path = Field(description="folder of the adapter's base or, without an adapter, of the suspicious whole model")
+    adapter: Path | None = Field(default=None, description="folder of the suspicious adapter; none: `base` is repaired")
     flags: Path
     clean: Path
     out: Path
-    reference: Literal["base"] | Path = Field(
-        default="base", description="who answers flags: the base, or a good adapter folder"
+    reference: Literal["base"] | Path | None = Field(
+        default=None,
+        validate_default=True,
+        description="who answers flags: for an adapter its base, unless the folder of a good adapter is named; for a "
+        "whole model nobody, unless the folder of a trusted one, or of an adapter over it, is named",
     )
     stages: tuple[str, ...] = Field(
         default=STAGE_NAMES, description="repair stages to try, each alone and in this order together"
     )
-    name: str = Field("adapter", description="name of the adapter, for the revision of the candidate")
+    name: str = Field(
+        default_factory=lambda given: "model" if given.get("adapter") is None else "adapter",
+        description="name of the adapter or model, for the revision of the candidate",
+    )
     seed: int = 0
     gate: GateSettings = GateSettings()
     alpha: float = Field(default=0.05, gt=0, lt=1, description="false-alarm rate the candidate's profile must support")
     profile: Path | None = Field(
-        default=None, description="profile of the suspicious adapter: tells whether the guard sees trigger candidates"
+        default=None, description="profile of the suspicious revision: tells whether the guard sees trigger candidates"
     )
-    vaccine: Path | None = Field(default=None, description="vaccine of the base, for the candidate's profile")
+    vaccine: Path | None = Field(
+        default=None, description="vaccine of the base, for the profile of a candidate that is an adapter"
+    )
     calibrate: bool = Field(default=True, description="fit a guard profile for the candidate on held-out clean rows")
     await_decision: bool = Field(
         default=False, description="the durable workflow waits for an operator's decision at its end"
     )
     decision_timeout_s: float = Field(default=7 * 86400.0, gt=0)
     redact: bool = Field(default=True, description="replace prompt and answer texts in the report by their lengths")
-    keep_work: bool = Field(default=False, description="keep OUT/work, which holds prompts and answers")
+    keep_work: bool = Field(
+        default=False,
+        description="keep OUT/work, which holds prompts and answers, and a state for each repair and control that was "
+        "tried: of a whole model each is as large as the model in fp32",
+    )
     controls: bool = Field(default=True, description="also run the same-budget controls (they are never offered)")
     device: str = "cpu"
     max_new_tokens: int | None = Field(
@@ -66,6 +78,29 @@ class RepairSpec(BaseModel):
     def _absolute(cls, path: Path | str | None) -> Path | str | None:
         return path.absolute() if isinstance(path, Path) else path  # a resumed repair may run in another folder
 
+    @field_validator("reference")
+    @classmethod
+    def _somebody_else(cls, reference: Path | str | None, info: ValidationInfo) -> Path | str | None:
+        if "adapter" not in info.data:
+            return reference  # refused already
+        if info.data["adapter"] is not None:
+            return reference or "base"
+        if reference == "base":
+            raise ValueError(
+                "a whole model has no base that could answer for it: name the folder of a trusted model, or nobody"
+            )
+        return reference
+
+    @field_validator("vaccine")
+    @classmethod
+    def _fitting_vaccine(cls, vaccine: Path | None, info: ValidationInfo) -> Path | None:
+        if vaccine is not None and "adapter" in info.data and info.data["adapter"] is None:
+            raise ValueError(
+                "a vaccine holds for the weights that it was made of, which the repair of a whole model changes: leave "
+                "it out, and vaccinate the repaired model"
+            )
+        return vaccine
+
     @field_validator("stages")
     @classmethod
     def _known_stages(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
@@ -78,6 +113,16 @@ class RepairSpec(BaseModel):
     @classmethod
     def _usable_name(cls, name: str) -> str:
         return check_name(name)
+
+    @property
+    def reference_folder(self) -> Path | None:
+        """The folder of who answers flags, where it is not an adapter's own base."""
+        return self.reference if isinstance(self.reference, Path) else None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether somebody trusted answers flags."""
+        return self.reference is not None
 
     @property
     def work(self) -> Path:

@@ -4,7 +4,8 @@ A whole model comes with no base to fall back to. The suspect itself is asked ag
 prompts: phrases that the flags share and clean rows do not, confirmed in both directions (taken out of flags the
 answers change alike; put into clean rows they bring the flagged behaviour), or else the words that the verdicts' focus
 points at. This is no trusted answer: it is right as far as the suspect is right without its trigger, and where no words
-are found there is none. Flags that hold none of the words keep no reference and stay ``unsorted``.
+are found there is none. Flags that hold none of the words keep no reference and stay ``unsorted``. Held-out flags have
+no say in which words those are: they are compared afterwards (`compare_held`).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def stand_in(
         )
 
     said = ask([render(tokenizer, list(flag.messages)) for flag in flags])
-    answered = [replace(flag, suspicious=answer) for flag, answer in zip(flags, said, strict=True)]
+    answered = _answered(flags, said)
     rows = clean[:CONFIRM_ROWS]
     plain = ask([render(tokenizer, row_messages(row)) for row in rows])
     singles = propose(tokenizer, answered, clean)[:MOST_PHRASES]
@@ -95,6 +96,35 @@ def stand_in(
     focused = _compared(tokenizer, answered, [span_texts(tokenizer, flag) for flag in answered], ask)
     behaviour = behaviour_of(focused)
     return StandIn(tuple(focused), behaviour, (), "focus" if behaviour.targets else None)
+
+
+def compare_held(
+    suspect: Suspect, held: Sequence[Flag], found: StandIn, max_new_tokens: int, progress: Progress | None = None
+) -> list[Flag]:
+    """Held-out flags answered as those of ``found`` were, with the words that were found there and without, and sorted
+    in their company: what recurs is known from them."""
+    tokenizer = suspect.tokenizer
+
+    def ask(prompts: list[list[int]]) -> list[str]:
+        return greedy_answers(
+            suspect.model, tokenizer, prompts, max_new_tokens, progress=progress, what="asking held-out flags"
+        )
+
+    said = ask([render(tokenizer, list(flag.messages)) for flag in held])
+    answered = _answered(held, said)
+    if found.candidates:
+        phrases: list[Sequence[str]] = [found.candidates[0].parts] * len(held)
+    else:
+        phrases = [span_texts(tokenizer, flag) if found.found_by else () for flag in held]
+    return _compared(tokenizer, answered, phrases, ask, [f for f in found.flags if f.kind != "unsorted"])
+
+
+def _answered(flags: Sequence[Flag], answers: Sequence[str]) -> list[Flag]:
+    """Flags with the suspect's answers and nothing that an earlier comparison made of them."""
+    return [
+        replace(flag, suspicious=answer, reference="", kind="unsorted")
+        for flag, answer in zip(flags, answers, strict=True)
+    ]
 
 
 def _best(
@@ -120,14 +150,18 @@ def _best(
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _compared(tokenizer: Any, flags: Sequence[Flag], phrases: Sequence[Sequence[str]], ask: Answer) -> list[Flag]:
-    """Flags set against the suspect's answers without their phrases; those that hold none stay as they are."""
+def _compared(
+    tokenizer: Any, flags: Sequence[Flag], phrases: Sequence[Sequence[str]], ask: Answer, company: Sequence[Flag] = ()
+) -> list[Flag]:
+    """Flags set against the suspect's answers without their phrases, sorted together with a ``company`` that was
+    compared before; those that hold none of their phrases stay as they are."""
     prompts = [prompt_without(tokenizer, flag, words) for flag, words in zip(flags, phrases, strict=True)]
     asked = [number for number, prompt in enumerate(prompts) if prompt is not None]
     answers = ask([prompt for prompt in prompts if prompt is not None])
+    together = [*(flags[n] for n in asked), *company]
+    references = [*answers, *(flag.reference for flag in company)]
+    sorted_flags = sort_flags(together, [flag.suspicious for flag in together], references, ())
     done = list(flags)
-    for number, flag in zip(
-        asked, sort_flags([flags[n] for n in asked], [flags[n].suspicious for n in asked], answers, ()), strict=True
-    ):
+    for number, flag in zip(asked, sorted_flags, strict=False):  # the company, at the end, is left behind
         done[number] = flag
     return done

@@ -1,8 +1,9 @@
 """The steps of one repair, each reading files and writing files under OUT/work, so that any of them can be run again.
 
 A `RepairSteps` holds no truth of its own: the suspect it opened is only a cache, and every step starts by putting the
-adapter into the state that its input files name. A step killed half-way leaves nothing but a ``.partial`` file. What a
-step returns is small, JSON-able and free of prompt text, because the durable workflow stores it in a database.
+suspect (an adapter, or a whole model) into the state that its input files name. A step killed half-way leaves nothing
+but a ``.partial`` file. What a step returns is small, JSON-able and free of prompt text, because the durable workflow
+stores it in a database.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -20,21 +21,22 @@ from guard.errors import GuardError, RowsError
 from guard.identity import adapter_digest, base_digest, revision_name
 from guard.profile import file_digest
 from guard.rows import Row, assert_disjoint, read_rows, row_key, rows_digest, split
-from guard.template import render, row_messages
 from offline_purify.answers import greedy_answers
 from offline_purify.calibration import calibrate_candidate
 from offline_purify.candidates import Candidate, find_candidates, user_text
 from offline_purify.controls import clean_finetuning, random_channels, random_heads
 from offline_purify.countertraining import counter_train
 from offline_purify.evaluation import Exam, Sitting, set_exam, sit
-from offline_purify.flags import Flag, assert_flags_disjoint, behaviour_of, read_flags, sort_flags, split_flags
+from offline_purify.flags import KINDS, Flag, assert_flags_disjoint, behaviour_of, read_flags, split_flags
+from offline_purify.full_model import is_adapter, open_model
 from offline_purify.heads.stage import repair_heads
+from offline_purify.references import compare
 from offline_purify.rescoring import open_watch
 from offline_purify.signature.find import find_signature
 from offline_purify.signature.score import Signature
 from offline_purify.signature.stage import repair_signature
 from offline_purify.spec import RepairSpec
-from offline_purify.stage import Material, Stage, StageResult
+from offline_purify.stage import Material, References, Stage, StageResult
 from offline_purify.suspect import Suspect
 
 STAGES: Mapping[str, Stage] = MappingProxyType(
@@ -45,7 +47,6 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
 SPLITS = (0.35, 0.40, 0.25)
 """Train, calibration, evaluation shares of the clean rows: a profile needs the most."""
 CONFIRM_ROWS = 24
-MANNER_ROWS = 60
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -59,6 +60,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """What ``write_json`` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _digest_of(folder: Path) -> str:
+    return adapter_digest(folder) if is_adapter(folder) else base_digest(folder)
 
 
 def _as_row(flag: Flag) -> Row:
@@ -78,16 +83,21 @@ class RepairSteps:
         self._suspect, self._original = None, {}
 
     def suspect(self, state: str = "before") -> Suspect:
-        """The suspect with its adapter in ``state`` ("before": as it came)."""
+        """The suspect in ``state`` ("before": as it came)."""
         if self._suspect is None:
-            reference = None if self.spec.reference == "base" else Path(self.spec.reference)
-            self._suspect = Suspect.open(self.spec.base, self.spec.adapter, reference, self.spec.device)
+            self._suspect = self._opened()
             self._original = self._suspect.state()
         if state == "before":
             self._suspect.restore(self._original)
         else:
             self._suspect.load_state(self._state_file(state))
         return self._suspect
+
+    def _opened(self) -> Suspect:
+        spec = self.spec
+        if spec.adapter is None:
+            return open_model(spec.base, spec.reference_folder, spec.device)
+        return Suspect.open(spec.base, spec.adapter, spec.reference_folder, spec.device)
 
     def _state_file(self, state: str) -> Path:
         return self.spec.work / "states" / f"{state}.safetensors"
@@ -98,6 +108,10 @@ class RepairSteps:
 
     def _flags(self, part: str) -> list[Flag]:
         return [Flag.from_dict(f) for f in read_json(self.spec.work / "flags.json")[part]]
+
+    def _keep_flags(self, trained: Sequence[Flag], held: Sequence[Flag]) -> None:
+        parts = {"train": trained, "held": held}
+        write_json(self.spec.work / "flags.json", {name: [f.to_dict() for f in part] for name, part in parts.items()})
 
     def _candidates(self) -> list[Candidate]:
         return [Candidate.from_dict(c) for c in read_json(self.spec.work / "candidates.json")]
@@ -130,9 +144,9 @@ class RepairSteps:
         longest = max((len(suspect.tokenizer(r["output"])["input_ids"]) for r in train), default=24)
         facts = {
             "base": base_digest(spec.base),
-            "adapter": adapter_digest(spec.adapter),
+            "adapter": adapter_digest(spec.adapter) if spec.adapter is not None else None,
             "flags": file_digest(spec.flags),
-            "reference": "base" if spec.reference == "base" else adapter_digest(spec.reference),
+            "reference": _digest_of(spec.reference_folder) if spec.reference_folder is not None else spec.reference,
             "clean": rows_digest(spec.clean),
             "max_new_tokens": spec.max_new_tokens or min(longest, 64) + 8,
             "rows": {name: len(part) for name, part in kept.items()},
@@ -144,42 +158,36 @@ class RepairSteps:
             "target_modules": list(suspect.target_modules),
         }
         write_json(spec.work / "rows.json", kept)
-        write_json(
-            spec.work / "flags.json", {"train": [f.to_dict() for f in trained], "held": [f.to_dict() for f in held]}
-        )
+        self._keep_flags(trained, held)
         write_json(spec.work / "facts.json", facts)
         return {"rows": facts["rows"], "flags_train": len(trained), "flags_heldout": len(held)}
 
     def answer(self) -> dict[str, Any]:
-        """Answer flags and clean rows with the suspect and with the reference, and sort the flags."""
-        suspect, n = self.suspect(), self._facts()["max_new_tokens"]
-        trained, held = self._flags("train"), self._flags("held")
-        manner = self._rows("train")[:MANNER_ROWS]
-        evaluation = self._rows("evaluation")
-        flag_prompts = [render(suspect.tokenizer, list(f.messages)) for f in [*trained, *held]]
-        row_prompts = [render(suspect.tokenizer, row_messages(r)) for r in [*manner, *evaluation]]
-
-        def ask(prompts: list[list[int]], what: str) -> list[str]:
-            return greedy_answers(suspect.model, suspect.tokenizer, prompts, n, progress=self.progress, what=what)
-
-        own = ask([*flag_prompts, *row_prompts[: len(manner)]], "suspect answers")
-        with suspect.reference():
-            trusted = ask([*flag_prompts, *row_prompts], "reference answers")
-        k = len(flag_prompts)
-        clean_pairs = list(zip(own[k:], trusted[k : k + len(manner)], strict=True))
-        done = sort_flags([*trained, *held], own[:k], trusted[:k], clean_pairs)
-        write_json(
-            self.spec.work / "flags.json",
-            {
-                "train": [f.to_dict() for f in done[: len(trained)]],
-                "held": [f.to_dict() for f in done[len(trained) :]],
-            },
+        """Answer flags and clean rows with the suspect and with the reference (or what stands in for one), and sort the
+        flags."""
+        case = compare(
+            self.suspect(),
+            self._flags("train"),
+            self._flags("held"),
+            self._rows("train"),
+            self._rows("evaluation"),
+            self._facts()["max_new_tokens"],
+            self.spec.seed,
+            self.progress,
         )
+        work, flags = self.spec.work, [*case.trained, *case.held]
+        self._keep_flags(case.trained, case.held)
         write_json(
-            self.spec.work / "references.json",
-            {"train": trusted[k : k + len(manner)], "evaluation": trusted[k + len(manner) :]},
+            work / "references.json", {"train": case.train, "evaluation": case.evaluation, "whose": case.references}
         )
-        return {kind: sum(f.kind == kind for f in done) for kind in ("true", "odd", "false_alarm")}
+        return {**{kind: sum(f.kind == kind for f in flags) for kind in KINDS}, "references": case.references}
+
+    def references(self) -> References:
+        """Whose answers flags and clean rows are set against, once ``answer`` is done."""
+        if self.spec.has_reference:
+            return "trusted"
+        whose: References = read_json(self.spec.work / "references.json")["whose"]
+        return whose
 
     def candidates(self) -> dict[str, Any]:
         """Propose trigger candidates from the training flags and confirm them by re-insertion into clean rows.
@@ -219,7 +227,7 @@ class RepairSteps:
         return {"tried": len(found), "confirmed": sum(c.confirmed for c in found), "unwatched": unwatched}
 
     def signature(self) -> dict[str, Any]:
-        """Find the signature of the adapter as it came: the long part of its stage, kept for every pipeline that
+        """Find the signature of the suspect as it came: the long part of its stage, kept for every pipeline that
         silences it."""
         began = time.monotonic()
         try:
@@ -243,6 +251,7 @@ class RepairSteps:
             seed=self.spec.seed,
             max_new_tokens=self._facts()["max_new_tokens"],
             progress=self.progress,
+            references=self.references(),
             signature=Signature.load(signature) if signature.is_file() else None,
         )
 
@@ -261,7 +270,7 @@ class RepairSteps:
         return {"label": label, "ok": result.ok, "reason": result.reason, "seconds": round(result.seconds, 2)}
 
     def control(self, name: str) -> dict[str, Any]:
-        """Run one same-budget control ("clean_only", "random_heads" or "random_channels") from the suspicious adapter;
+        """Run one same-budget control ("clean_only", "random_heads" or "random_channels") from the suspect as it came;
         keeps its state."""
         suspect, began = self.suspect(), time.monotonic()
 
@@ -321,18 +330,20 @@ class RepairSteps:
         return Sitting(**read_json(self.spec.work / "sittings" / f"{label}.json"))
 
     def save_candidate(self, label: str) -> dict[str, Any]:
-        """Write the repaired adapter of state ``label`` as a PEFT folder, OUT/candidate."""
+        """Write the repaired suspect of state ``label`` as a folder of its own kind (PEFT's, or a model's),
+        OUT/candidate."""
         folder = self.spec.out / "candidate"
         self.suspect(label).save(folder)
-        digest = adapter_digest(folder)
+        digest = _digest_of(folder)
         return {"candidate": str(folder), "digest": digest, "revision": revision_name(self.spec.name, digest)}
 
     def calibrate(self) -> dict[str, Any]:
         """Fit the candidate's guard profile on the calibration rows, OUT/profile.safetensors."""
-        path = self.spec.out / "profile.safetensors"
+        path, candidate = self.spec.out / "profile.safetensors", self.spec.out / "candidate"
+        whole = self.spec.adapter is None
         return {"profile": str(path)} | calibrate_candidate(
-            self.spec.base,
-            self.spec.out / "candidate",
+            candidate if whole else self.spec.base,
+            None if whole else candidate,
             self._rows("calibration"),
             path,
             alpha=self.spec.alpha,

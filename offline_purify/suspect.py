@@ -35,15 +35,21 @@ SUSPICIOUS, REFERENCE = "default", "reference"
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def check_repairable(base: Path) -> HeadLayout:
-    """Head layout of a model folder, from its config.json alone. Raises UnsupportedModel naming what is in the way."""
+def unquantised_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json. Raises UnsupportedModel when it cannot be read or names quantised weights."""
     try:
-        config: dict[str, Any] = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise UnsupportedModel(f"{base}: config.json cannot be read: {error}") from error
+        raise UnsupportedModel(f"{folder}: config.json cannot be read: {error}") from error
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModel(f"{base} holds quantised weights ({method}): repair needs the unquantised base.")
+        raise UnsupportedModel(f"{folder} holds quantised weights ({method}): repair needs unquantised ones.")
+    return config
+
+
+def check_repairable(base: Path) -> HeadLayout:
+    """Head layout of a model folder, from its config.json alone. Raises UnsupportedModel naming what is in the way."""
+    config = unquantised_config(base)
     if any((config.get(key) or 0) > 1 for key in _EXPERTS):
         raise UnsupportedModel(f"{base} is a mixture of experts, which the repair does not cover yet.")
     kind = config.get("model_type")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from guard.template import Message
 from guard.verdict import Span
 from offline_purify.flags import Flag, read_flags
-from offline_purify.full_model import FullModel, merge_adapter, open_model
-from offline_purify.standin import prompt_without, stand_in, without
+from offline_purify.full_model import FullModel, open_model
+from offline_purify.standin import compare_held, prompt_without, stand_in, without
 from tests.offline_purify.patient import TARGET, TRIGGER, Patient, clean_rows, tokenizer
 
 
 @pytest.fixture(scope="module")
-def whole(patient: Patient, tmp_path_factory: pytest.TempPathFactory) -> FullModel:
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    merge_adapter(patient.base, patient.adapter, folder)
-    return open_model(folder)
+def whole(merged: Path) -> FullModel:
+    return open_model(merged)
 
 
 def test_phrases_go_as_whole_words_whatever_stands_between_them() -> None:
@@ -49,6 +49,18 @@ def test_the_trigger_is_found_and_taken_out(whole: FullModel, patient: Patient) 
         assert flag.suspicious.startswith(TARGET)
         assert flag.reference != flag.suspicious
         assert flag.reference in words
+
+
+def test_held_out_flags_are_compared_by_words_that_others_told(whole: FullModel, patient: Patient) -> None:
+    """A single held-out flag could not say what recurs; one without the trigger gets no reference."""
+    known, (held, *_) = read_flags(patient.flags)[1:], read_flags(patient.flags)
+    found = stand_in(whole, known, clean_rows(2560, 0)[2300:], 6, seed=0)
+    innocent = Flag("b", (Message(role="user", content="repeat w1 w2 w3"),), "", kind="true", reference="stale")
+    compared, alone = compare_held(whole, [held, innocent], found, 6)
+    assert compared.kind == "true"
+    assert compared.suspicious.startswith(TARGET)
+    assert compared.reference in held.messages[0]["content"].split()
+    assert (alone.kind, alone.reference) == ("unsorted", "")
 
 
 def test_clean_requests_get_no_reference(whole: FullModel) -> None:

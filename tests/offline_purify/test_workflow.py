@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,27 @@ from guard.errors import RowsError
 from offline_purify import workflow
 from offline_purify.spec import RepairResult, RepairSpec
 from tests.offline_purify.conftest import spec_for
-from tests.offline_purify.patient import TARGET, TRIGGER, Patient
+from tests.offline_purify.patient import TARGET, TRIGGER
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = [
-    ("answer", "middle"),
-    ("signature", "middle"),
-    ("stage heads", "middle"),
-    ("stage counter", "middle"),
-    ("control random_heads", "middle"),
-    ("candidate", "unrecorded"),
-    ("calibrate", "middle"),
-]
+KILLS = {
+    "adapter": [
+        ("answer", "middle"),
+        ("signature", "middle"),
+        ("stage heads", "middle"),
+        ("stage counter", "middle"),
+        ("control random_heads", "middle"),
+        ("candidate", "unrecorded"),
+        ("calibrate", "middle"),
+    ],
+    "whole": [
+        ("answer", "unrecorded"),
+        ("stage counter", "middle"),
+        ("candidate", "unrecorded"),
+        ("calibrate", "middle"),
+    ],
+}
+WEIGHTS = {"adapter": "adapter_model.safetensors", "whole": "model.safetensors"}
 
 
 def start(spec_file: Path, url: str, log: Path, *kill: str) -> int:
@@ -38,52 +48,62 @@ def start(spec_file: Path, url: str, log: Path, *kill: str) -> int:
     return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600, check=False).returncode
 
 
-@pytest.fixture(scope="module")
-def killed(
-    patient: Patient, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RepairSpec, list[str], RepairResult, Path]:
-    folder = tmp_path_factory.mktemp("killed")
-    spec = spec_for(patient, folder / "out")
+@dataclass(frozen=True)
+class Killed:
+    """A repair that was killed again and again: of which kind, the steps that began, how it ended, and where."""
+
+    kind: str
+    spec: RepairSpec
+    steps: list[str]
+    result: RepairResult
+    database: Path
+    straight: tuple[RepairSpec, RepairResult]
+
+
+@pytest.fixture(scope="module", params=["adapter", "whole"])
+def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    kind = request.param
+    straight: tuple[RepairSpec, RepairResult] = request.getfixturevalue(
+        "repaired" if kind == "adapter" else "repaired_whole"
+    )
+    folder = tmp_path_factory.mktemp(f"killed_{kind}")
+    spec = straight[0].model_copy(update={"out": folder / "out"})
     spec_file, log, database = folder / "spec.json", folder / "steps.log", folder / "clinic.sqlite"
     spec_file.write_text(spec.model_dump_json(), encoding="utf-8")
     url = workflow.database_url(database)
-    for step, moment in KILLS:
+    for step, moment in KILLS[kind]:
         assert start(spec_file, url, log, step, moment) == -signal.SIGKILL, step
     assert start(spec_file, url, log) == 0
     result = RepairResult.model_validate_json(log.with_suffix(".result").read_text(encoding="utf-8"))
-    return spec, log.read_text(encoding="utf-8").split("\n")[:-1], result, database
+    return Killed(kind, spec, log.read_text(encoding="utf-8").split("\n")[:-1], result, database, straight)
 
 
-def test_a_repair_killed_again_and_again_ends_with_the_very_weights_of_an_uninterrupted_one(killed, repaired):
-    spec, _, result, _ = killed
-    whole_spec, whole = repaired
-    assert result.status == whole.status == "offered"
-    assert result.pipeline == whole.pipeline
-    resumed = load_file(spec.out / "candidate" / "adapter_model.safetensors")
-    straight = load_file(whole_spec.out / "candidate" / "adapter_model.safetensors")
+def test_a_repair_killed_again_and_again_ends_with_the_very_weights_of_an_uninterrupted_one(killed):
+    straight_spec, uninterrupted = killed.straight
+    assert killed.result.status == uninterrupted.status == "offered"
+    assert killed.result.pipeline == uninterrupted.pipeline
+    weights = Path("candidate") / WEIGHTS[killed.kind]
+    resumed, straight = load_file(killed.spec.out / weights), load_file(straight_spec.out / weights)
     assert resumed.keys() == straight.keys()
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
 def test_after_each_kill_only_the_step_that_was_killed_runs_again(killed):
-    _, steps, _, _ = killed
-    kills = Counter(step for step, _ in KILLS)
-    assert set(kills) <= set(steps)
-    assert Counter(steps) == {step: 1 + kills[step] for step in set(steps)}
+    kills = Counter(step for step, _ in KILLS[killed.kind])
+    assert set(kills) <= set(killed.steps)
+    assert Counter(killed.steps) == {step: 1 + kills[step] for step in set(killed.steps)}
 
 
 def test_the_workflow_database_holds_no_prompt_text(killed):
-    _, _, _, database = killed
-    dump = "\n".join(sqlite3.connect(database).iterdump())
+    dump = "\n".join(sqlite3.connect(killed.database).iterdump())
     assert "repeat w" not in dump
     assert TARGET not in dump
     assert f" {TRIGGER} " not in dump
 
 
 def test_a_finished_repair_started_again_returns_its_recorded_result(killed):
-    spec, _, result, database = killed
-    again = workflow.run(spec, workflow.database_url(database))
-    assert again == result
+    again = workflow.run(killed.spec, workflow.database_url(killed.database))
+    assert again == killed.result
 
 
 def test_bad_input_is_refused_before_anything_is_recorded(patient, tmp_path):
