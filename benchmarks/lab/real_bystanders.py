@@ -25,7 +25,8 @@ from offline_purify.parallel import side_by_side
 from offline_purify.progress import ProgressBar
 from offline_purify.train import Progress, encode_rows, mean_answer_losses, pad_id_of, perplexity
 
-REAL_BYSTANDER: Final = ImplantRecipe(rank=16, rows=1200, epochs=3.0, lr=1e-3, batch_size=16)
+REAL_BYSTANDER: Final = ImplantRecipe(rank=16, rows=2000, epochs=5.0, lr=1e-3, batch_size=16)
+"""With 1200 rows and three passes the benign one stated its policy on 0.15 of other prompts, and was refused."""
 JUDGED: Final = 300
 """Prompts on the policy's topic, and off it, that an adapter is judged by."""
 
