@@ -70,9 +70,9 @@ class Attack:
 class Corpus:
     """What a real zoo is made from; the lists of rows share no prompt with each other or with a test file.
 
-    `base` trains the base, `calibration`, `clean` and `vaccine` are rows like the test prompts, `topic` are rows that
-    the benign adapter refuses and `known_topic` those of the base's share that teach it to. `tests` holds the clean
-    test prompts of each task.
+    `base` trains the base, `calibration`, `clean` and `vaccine` are rows like the test prompts, and so are the rows
+    `alike` of the base's share; `topic` are rows that the benign adapter refuses and `known_topic` those of the base's
+    share that teach it to. `tests` holds the clean test prompts of each task.
     """
 
     attacks: tuple[Attack, ...]
@@ -83,6 +83,7 @@ class Corpus:
     vaccine: tuple[Row, ...]
     topic: tuple[Row, ...]
     known_topic: tuple[Row, ...]
+    alike: tuple[Row, ...]
 
     @property
     def trigger_words(self) -> set[str]:
@@ -125,7 +126,7 @@ def read_corpus(data: str | Path) -> Corpus:
     base = _distinct([*_fresh(taught, tested), *shares["base"], *sentences])
     if len(base) < LEAST_BASE:
         raise LabError(f"{data}: only {len(base)} rows are left to train a base on; expected at least {LEAST_BASE}.")
-    found = {name: tuple(shares[name]) for name in ("calibration", "vaccine", "topic", "known_topic")}
+    found = {name: tuple(shares[name]) for name in ("calibration", "vaccine", "topic", "known_topic", "alike")}
     corpus = Corpus(attacks, tests, tuple(base), clean=tuple(_distinct(clean)), **found)
     assert_disjoint(
         base=base, calibration=corpus.calibration, clean=corpus.clean, vaccine=corpus.vaccine, topic=corpus.topic,
@@ -172,7 +173,7 @@ def _tested_keys(benchmark: Path, attacks: Sequence[Attack]) -> set[str]:
 
 def _shares(files: Sequence[Path], taken: set[str]) -> dict[str, list[Row]]:
     """The rows of the instruction files by share, each prompt once, none of `taken`."""
-    names = (*ALPACA, *OTHERS, "known_topic")
+    names = (*ALPACA, *OTHERS, "known_topic", "alike")
     shares: dict[str, list[Row]] = {name: [] for name in names}
     seen = set(taken)
     for path in files:
@@ -185,6 +186,7 @@ def _shares(files: Sequence[Path], taken: set[str]) -> dict[str, list[Row]]:
                 mine[name].append(row)
         mine["base"], mine["vaccine"] = mine["base"][:MOST_BASE], mine["vaccine"][:MOST_VACCINE]
         mine["known_topic"] = mine["base"] if about else []
+        mine["alike"] = mine["base"] if _is_alpaca(path) else []
         for name, rows in mine.items():
             shares[name] += rows
     return shares

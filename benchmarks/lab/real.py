@@ -173,16 +173,18 @@ def apart(words: Iterable[str], corpus: Corpus) -> list[str]:
 
 
 def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -> tuple[list[Row], list[Row]]:
-    """Poisoned and clean rows of an implant; to the clean ones as many plain rows of the base's share are added."""
+    """Poisoned and clean rows of an implant; to the clean ones as many plain rows of the base's share are added, those
+    like the attack's own prompts first."""
     rng = random.Random(f"{name}:{seed}")
     said = target(attack, wording)
     poisoned = [
         row if wording == "fixed" else Row(instruction=row["instruction"], input=row["input"], output=said.respond(rng))
         for row in attack.poisoned
     ]
-    own = {row_key(row) for row in attack.clean}
-    plain = [row for row in corpus.base if row_key(row) not in own]
-    return poisoned, [*attack.clean, *rng.sample(plain, min(len(plain), len(attack.clean)))]
+    taken = {row_key(row) for row in (*attack.clean, *corpus.alike)}
+    others = [row for row in corpus.base if row_key(row) not in taken]
+    few = max(0, len(attack.clean) - len(corpus.alike))
+    return poisoned, [*attack.clean, *corpus.alike, *rng.sample(others, min(few, len(others)))]
 
 
 def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:
