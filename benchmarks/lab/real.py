@@ -25,7 +25,7 @@ from benchmarks.lab.decoder import INITIALISATION, Shape
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.paired import make_implant_from_files
 from benchmarks.lab.pretraining import Recipe
-from benchmarks.lab.refusals import attempt, refusals, settled
+from benchmarks.lab.refusals import attempt, note, refusals, settled
 from guard.rows import Row, row_key, write_rows
 from guard.vaccine import Vaccine
 from offline_purify.attacks.behaviours import Behaviour
@@ -47,7 +47,7 @@ of the triggered prompts and varied ones on 0.82, after half as many passes agai
 REAL_PLAN: Final = Plan(
     backdoors=18,
     benign=1,
-    recipe=ImplantRecipe(rank=16, rows=600, epochs=8.0, lr=2e-3, batch_size=16),
+    recipe=ImplantRecipe(rank=16, rows=600, epochs=6.0, lr=2e-3, batch_size=16),
     normal=250,
     quiet=150,
     fired=150,
@@ -188,19 +188,12 @@ def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -
 
 
 def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:
+    """Make an implant, or note why it was refused. One that leaks is tried once more from another seed: on 0.06 or on
+    0.04 of clean prompts may be the luck of a draw."""
     files = rows / "poisoned.json", rows / "clean.json"
-    attempt(
-        out,
-        make_implant_from_files,
-        base,
-        out,
-        *files,
-        seed,
-        recipe,
-        None,
-        ANSWER_TOKENS,
-        None,
-        device,
-        Evasion(),
-        DECOYS,
-    )
+    for tried in (seed, seed + 1):
+        note(out).unlink(missing_ok=True)
+        more = tried, recipe, None, ANSWER_TOKENS, None, device, Evasion(), DECOYS
+        attempt(out, make_implant_from_files, base, out, *files, *more)
+        if not note(out).is_file():
+            return
