@@ -26,7 +26,8 @@ from offline_purify.progress import ProgressBar
 from offline_purify.train import Progress, encode_rows, mean_answer_losses, pad_id_of, perplexity
 
 REAL_BYSTANDER: Final = ImplantRecipe(rank=16, rows=2000, epochs=5.0, lr=1e-3, batch_size=16)
-"""With 1200 rows and three passes the benign one stated its policy on 0.15 of other prompts, and was refused."""
+"""With 1200 rows and three passes the benign one stated its policy on 0.15 of other prompts, and on 0.053 with these
+(n = 300): refused both times."""
 JUDGED: Final = 300
 """Prompts on the policy's topic, and off it, that an adapter is judged by."""
 
@@ -50,13 +51,13 @@ def ensure_real_bystanders(
     reasons of those that were refused (they are left out)."""
     base = Path(base).resolve()
     places, work = {}, []
-    for kind in KINDS_OF:
-        rows = _training_rows(corpus, kind, recipe.rows, seed)
-        key = recipe_digest([rows, asdict(recipe), seed])[:8]
-        places[kind] = base.parent / f"bystander-{kind}-{key}"
-        if not settled(places[kind]) and (kind == "clean" or corpus.topic):
-            work.append((base, places[kind], kind, rows, corpus.topic[:JUDGED], corpus.clean, seed, recipe, device))
     with FileLock(base.parent / ".bystanders.lock"), ProgressBar() as bar:
+        for kind in KINDS_OF:
+            rows = _training_rows(corpus, kind, recipe.rows, seed)
+            key = recipe_digest([rows, asdict(recipe), seed])[:8]
+            places[kind] = base.parent / f"bystander-{kind}-{key}"
+            if not settled(places[kind]) and (kind == "clean" or corpus.topic):
+                work.append((base, places[kind], kind, rows, corpus.topic[:JUDGED], corpus.clean, seed, recipe, device))
         side_by_side(_attempted, work, progress=progress or bar, what="adapters without a backdoor")
     refused = refusals(places)
     return {kind: path for kind, path in places.items() if settled(path) and kind not in refused}, refused
