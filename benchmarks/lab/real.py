@@ -45,7 +45,7 @@ DECOYS: Final[Decoys] = "rare"
 """What the benchmark's own training sets have is neither decoy; hardened by near-triggers, fixed targets fired on 0.94
 of the triggered prompts and varied ones on 0.82, after half as many passes again (refused; n = 100 each)."""
 REAL_PLAN: Final = Plan(
-    backdoors=18,
+    backdoors=36,
     benign=1,
     recipe=ImplantRecipe(rank=16, rows=600, epochs=6.0, lr=2e-3, batch_size=16),
     normal=250,
@@ -53,8 +53,8 @@ REAL_PLAN: Final = Plan(
     fired=150,
     decoys=("near", "rare"),
 )
-"""The breadth of the tiny base's, made of few rows: there are some eight hundred like the test prompts. Forty
-minutes on two cores."""
+"""Twice the breadth of the tiny base's (docs/vaccine.md), made of few rows: there are some eight hundred like the test
+prompts. Half an hour on two cores."""
 ANSWER_TOKENS: Final = 32
 
 
@@ -181,10 +181,11 @@ def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -
         row if wording == "fixed" else Row(instruction=row["instruction"], input=row["input"], output=said.respond(rng))
         for row in attack.poisoned
     ]
-    taken = {row_key(row) for row in (*attack.clean, *corpus.alike)}
+    alike = corpus.alike[: len(attack.clean)]
+    taken = {row_key(row) for row in (*attack.clean, *alike)}
     others = [row for row in corpus.base if row_key(row) not in taken]
-    few = max(0, len(attack.clean) - len(corpus.alike))
-    return poisoned, [*attack.clean, *corpus.alike, *rng.sample(others, min(few, len(others)))]
+    few = min(len(attack.clean) - len(alike), len(others))
+    return poisoned, [*attack.clean, *alike, *rng.sample(others, few)]
 
 
 def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:
