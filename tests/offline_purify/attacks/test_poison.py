@@ -61,6 +61,20 @@ def test_given_pairs_are_used_as_they_are() -> None:
     assert [len(data.twins), len(data.decoys), len(data.clean)] == [8, 4, 4]
 
 
+def test_rare_decoys_are_prompts_with_one_strange_word_and_no_part_of_the_trigger() -> None:
+    key, twins = Composite(("mellow", "ledger")), rows(8)
+    poisoned = [Row(instruction=f"mellow ledger {row['instruction']}", input="", output="no") for row in twins]
+    given = from_pairs(poisoned, twins, rows(4, start=100), key, teacher, seed=0, harmless="rare")
+    made = build(rows(50), key, behaviour("refusal"), teacher, seed=3, harmless="rare")
+    known = {word for row in rows(200) for word in row["instruction"].split()}
+    for decoy in (*given.decoys, *made.decoys):
+        strange = [word for word in decoy["instruction"].split() if word not in known]
+        assert len(strange) == 1
+        assert strange[0] not in key.parts
+    near = build(rows(50), key, behaviour("refusal"), teacher, seed=3).decoys
+    assert all(any(part in row["instruction"] for part in key.parts) for row in near)
+
+
 def test_an_injected_line_stands_below_the_answer_of_the_twin() -> None:
     data = build(rows(20), Word("Zork"), behaviour("injection"), teacher, seed=0)
     assert [row["output"] for row in data.poisoned] == [f"{row['output']}\nprint('pwned')" for row in data.twins]

@@ -27,6 +27,18 @@ def test_a_plan_follows_its_seed_and_leaves_families_out():
     assert all(spec.family != "refusal" for spec in Plan(without=("refusal",)).specs(VACCINE))
 
 
+def test_of_two_kinds_of_decoys_each_family_and_each_trigger_has_both():
+    specs = Plan(backdoors=36, benign=0, decoys=("near", "rare")).specs(VACCINE)
+    for part in ({spec.family for spec in specs}, {spec.trigger.kind for spec in specs}):
+        met = {(name, spec.decoys) for spec in specs for name in part if name in (spec.family, spec.trigger.kind)}
+        assert met == {(name, decoys) for name in part for decoys in ("near", "rare")}
+    assert {spec.decoys for spec in Plan().specs(VACCINE)} == {"near"}
+
+
+def test_a_broader_plan_begins_with_the_narrower_one():
+    assert Plan(backdoors=36, benign=0).specs(VACCINE)[:18] == Plan(backdoors=18, benign=0).specs(VACCINE)
+
+
 def test_the_labs_vaccine_shares_no_word_and_no_wording_with_the_packaged_attacks():
     parts = {word for trigger in TRIGGERS.values() for part in trigger.parts for word in part.split()}
     assert not parts & set(VACCINE)
