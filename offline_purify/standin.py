@@ -76,13 +76,7 @@ def stand_in(
     progress: Progress | None = None,
 ) -> StandIn:
     """Answer flags with the suspect as it stands, with and without the words that seem to trigger it."""
-    tokenizer = suspect.tokenizer
-
-    def ask(prompts: list[list[int]]) -> list[str]:
-        return greedy_answers(
-            suspect.model, tokenizer, prompts, max_new_tokens, progress=progress, what="asking without the trigger"
-        )
-
+    tokenizer, ask = suspect.tokenizer, _asking(suspect, max_new_tokens, progress, "asking without the trigger")
     said = ask([render(tokenizer, list(flag.messages)) for flag in flags])
     answered = _answered(flags, said)
     rows = clean[:CONFIRM_ROWS]
@@ -103,13 +97,7 @@ def compare_held(
 ) -> list[Flag]:
     """Held-out flags answered as those of ``found`` were, with the words that were found there and without, and sorted
     in their company: what recurs is known from them."""
-    tokenizer = suspect.tokenizer
-
-    def ask(prompts: list[list[int]]) -> list[str]:
-        return greedy_answers(
-            suspect.model, tokenizer, prompts, max_new_tokens, progress=progress, what="asking held-out flags"
-        )
-
+    tokenizer, ask = suspect.tokenizer, _asking(suspect, max_new_tokens, progress, "asking held-out flags")
     said = ask([render(tokenizer, list(flag.messages)) for flag in held])
     answered = _answered(held, said)
     if found.candidates:
@@ -117,6 +105,15 @@ def compare_held(
     else:
         phrases = [span_texts(tokenizer, flag) if found.found_by else () for flag in held]
     return _compared(tokenizer, answered, phrases, ask, [f for f in found.flags if f.kind != "unsorted"])
+
+
+def _asking(suspect: Suspect, max_new_tokens: int, progress: Progress | None, what: str) -> Answer:
+    """The suspect as it stands, answering prompts greedily."""
+
+    def ask(prompts: list[list[int]]) -> list[str]:
+        return greedy_answers(suspect.model, suspect.tokenizer, prompts, max_new_tokens, progress=progress, what=what)
+
+    return ask
 
 
 def _answered(flags: Sequence[Flag], answers: Sequence[str]) -> list[Flag]:
