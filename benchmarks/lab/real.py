@@ -189,8 +189,8 @@ def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -
 
 
 def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:
-    """Make an implant, or note why it was refused. One that leaks is tried once more from another seed: on 0.06 or on
-    0.04 of clean prompts may be the luck of a draw."""
+    """Make an implant, or note why it was refused. A refused one is tried once more from another seed: whether it leaks
+    on 0.06 or on 0.04 of clean prompts may be the luck of a draw."""
     files = rows / "poisoned.json", rows / "clean.json"
     for tried in (seed, seed + 1):
         note(out).unlink(missing_ok=True)
