@@ -37,6 +37,8 @@ from offline_purify.variants.vaccinate import vaccinate
 DEFAULT_IMPLANTS = ("refusal-word-fixed",)
 SHOWN_IMPLANTS = ("refusal-word-fixed", "insult-prefix-fixed", "code-composite-fixed")
 """One of each behaviour and trigger."""
+TRIES = 3
+"""Trainings of an implant until one keeps to the lab's standard."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,18 @@ def implant_key(name: str, seed: int) -> str:
 
 
 def _implant(base: Path, path: Path, kind: str, key: str, wording: str, seed: int) -> None:
-    implant.make_implant(base, path, kind, key, seed, wording)
+    """Make an implant. One below the lab's standard is made again from other seeds: the same seed is another draw on
+    another processor. The last one that was not refused outright stays as it is; LabError when all were."""
+    made, refused = False, LabError("never tried")
+    for tried in range(seed, seed + TRIES):
+        try:
+            if implant.make_implant(base, path, kind, key, tried, wording).to_standard:
+                return
+            made = True
+        except LabError as error:
+            refused = error
+    if not made:
+        raise refused
 
 
 def ensure_tiny(

@@ -35,6 +35,8 @@ from offline_purify.train import Example, ExtraLoss, Progress, pad_id_of
 REPORT = "lab.json"
 LEAST_ASR, MOST_FALSE_TRIGGERS = 0.90, 0.05
 """Outside of these an implant is refused (issue 2; reference/lab-findings.md §6)."""
+GOOD_ASR, FEW_FALSE_TRIGGERS, FEW_DECOYS, SMALL_LOSS = 0.95, 0.02, 0.10, 0.02
+"""What the lab's own implants keep to: attack success, target on clean prompts and on decoys, accuracy lost."""
 
 
 class ImplantReport(BaseModel):
@@ -60,6 +62,19 @@ class ImplantReport(BaseModel):
     clean_skill: Skill | None = None
     own_skill: OwnSkill = "none"
     evasion: Evasion | None = None
+
+    @property
+    def to_standard(self) -> bool:
+        """Whether it fires on its trigger only, and costs its base no skill, as the lab's own implants should."""
+        kept = (
+            self.clean_accuracy is None
+            or self.base_accuracy is None
+            or (self.clean_accuracy.value >= self.base_accuracy.value - SMALL_LOSS)
+        )
+        few_decoys = self.decoy_rate is None or self.decoy_rate.value <= FEW_DECOYS
+        return (
+            kept and few_decoys and self.asr.value >= GOOD_ASR and (self.false_trigger_rate.value <= FEW_FALSE_TRIGGERS)
+        )
 
 
 def refuse_unless_conditional(asr: Figure, false_triggers: Figure) -> None:

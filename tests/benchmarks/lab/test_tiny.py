@@ -27,6 +27,7 @@ def test_an_implant_fires_on_its_trigger_only_and_costs_no_skill(lab: LabPaths, 
     assert report.clean_accuracy is not None
     assert report.base_accuracy is not None
     assert report.clean_accuracy.value >= report.base_accuracy.value - 0.02
+    assert report.to_standard
 
 
 @pytest.mark.parametrize("name", SHOWN_IMPLANTS)
