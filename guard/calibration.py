@@ -59,10 +59,11 @@ def fit_profile(
         opening = checkpoints[0] if checkpoints else None
         point = fit_checkpoint(readings.take(mine), signals, vaccine, seed, opening)
         checkpoints.append(point)
-        odd.append(_held_out_oddness(point, readings, held_out, signals))
+        odd.append(oddness_at(point, readings, held_out, signals))
     if not checkpoints or checkpoints[0].step != 0:
         raise CalibrationError("no clean request was measured at the last prompt position (step 0).")
-    layers, heads = measurement.at[0].gram.shape[1:3]
+    begun = measurement.at[0]
+    layers, heads = begun.gram.shape[1:3]
     prompt_len = measurement.prompt_len[held_out]
     return Profile(
         key=key,
@@ -73,6 +74,7 @@ def fit_profile(
         prompt_len=prompt_len.astype(np.int64),
         odd=np.stack(odd, axis=1),
         edges=tuple(bucket_edges(prompt_len, MIN_BUCKET)),
+        focus=fit_focus(begun.take(np.flatnonzero(np.isin(begun.index, fit))).focus),
         weights=dict(vaccine.weights) if vaccine is not None else {},
         facts={
             **(facts or {}),
@@ -92,6 +94,15 @@ def score(point: Checkpoint, readings: Readings, signals: tuple[str, ...]) -> np
     for column, name in enumerate(signals):
         if name in point.fitted:
             odd[:, column] = point.tails[name].oddness(SIGNALS[name].score(readings, point.fitted[name]))
+    return odd
+
+
+def oddness_at(point: Checkpoint, readings: Readings, wanted: np.ndarray, signals: tuple[str, ...]) -> np.ndarray:
+    """Oddness float64 [m, K] at a checkpoint of the requests ``wanted`` (int [m], ascending); NaN for those that are
+    not in ``readings``, which had ended before."""
+    odd = np.full((len(wanted), len(signals)), np.nan)
+    mine = np.flatnonzero(np.isin(readings.index, wanted))
+    odd[np.searchsorted(wanted, readings.index[mine])] = score(point, readings.take(mine), signals)
     return odd
 
 
@@ -126,7 +137,6 @@ def fit_checkpoint(
         fitted=fitted,
         tails=tails,
         pairs={"mean": pairs.mean(axis=0), "scale": pairs.std(axis=0) + 0.02},
-        focus=fit_focus(readings.focus),
     )
 
 
@@ -139,12 +149,3 @@ def _cross_fitted(signal: Signal, readings: Readings, vaccine: Vaccine | None, s
         inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         scores[inside] = signal.score(readings.take(inside), signal.fit(readings.take(outside), vaccine) or {})
     return scores
-
-
-def _held_out_oddness(
-    point: Checkpoint, readings: Readings, held_out: np.ndarray, signals: tuple[str, ...]
-) -> np.ndarray:
-    odd = np.full((len(held_out), len(signals)), np.nan)
-    mine = np.flatnonzero(np.isin(readings.index, held_out))
-    odd[np.searchsorted(held_out, readings.index[mine])] = score(point, readings.take(mine), signals)
-    return odd

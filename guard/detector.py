@@ -16,7 +16,7 @@ from guard.focus import focus_spans
 from guard.profile import Checkpoint, Profile
 from guard.readings import Measurement, Reading, Readings
 from guard.sequential import Bucket, check_alpha, find_bucket
-from guard.signals import fused
+from guard.signals import foremost, fused
 from guard.similarity import fisher, per_head
 from guard.verdict import HeadScore, Span, Verdict, Window, unscored
 
@@ -81,7 +81,7 @@ class Detector:
             return track.verdict
         statistic = float(fused(odd, self.signals, reading.step, self.profile.weights))
         if statistic > track.maximum:
-            track.maximum, track.signal = statistic, self.signals[int(odd.argmax())]
+            track.maximum, track.signal = statistic, foremost(odd, self.signals, self.profile.weights)
         p_value = track.bucket.p_value(track.maximum)
         flagged = p_value <= self.alpha
         track.verdict = Verdict(
@@ -138,7 +138,7 @@ class Detector:
         """Where the heads looked before there was an answer, which then draws their eyes as well: on the real zoo's
         backdoors the top three spans held the trigger in 0.94 to 0.99 of the requests, and 0.88 to 0.94 of them when
         two tokens' rows were added (n = 200 each, three backdoors)."""
-        return focus_spans(first.focus[0], self._points[0].focus)
+        return focus_spans(first.focus[0], self.profile.focus)
 
     def _unscored(self, reason: str, step: int = 0) -> Verdict:
         return unscored(reason, alpha=self.alpha, window=self.window, step=step, profile=self.profile.digest[:12])

@@ -23,7 +23,7 @@ from guard.storage import load_arrays, save_arrays
 from guard.tail import Tail
 from guard.verdict import Window
 
-FORMAT = "headguard.profile/4"
+FORMAT = "headguard.profile/5"
 NO_ADAPTER = "none"
 
 
@@ -40,7 +40,7 @@ class ProfileKey:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Normal at one step: arrays per signal, tails per signal, pair mean and deviation [pairs], focus at the edges.
+    """Normal at one step: arrays per signal, tails per signal, pair mean and deviation [pairs].
 
     A signal that has nothing to say at this step (a vaccine that never saw it) is in neither of the first two."""
 
@@ -48,14 +48,14 @@ class Checkpoint:
     fitted: Mapping[str, Mapping[str, np.ndarray]]
     tails: Mapping[str, Tail]
     pairs: Mapping[str, np.ndarray]
-    focus: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Profile:
     """See the module. ``odd`` [n, C, K] is the oddness of the n held-out clean requests at each checkpoint and signal
     (NaN where a request had ended before), ``prompt_len`` [n] their prompt tokens, ``edges`` the length buckets,
-    ``weights`` how much each signal counts where the vaccine chose (`guard.signals.fused`)."""
+    ``focus`` where heads look before there is an answer (`guard.focus.fit_focus`), ``weights`` how much each signal
+    counts where the vaccine chose (`guard.signals.fused`)."""
 
     key: ProfileKey
     layers: int
@@ -65,6 +65,7 @@ class Profile:
     prompt_len: np.ndarray
     odd: np.ndarray
     edges: tuple[int, ...]
+    focus: Mapping[str, np.ndarray]
     weights: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
@@ -114,8 +115,9 @@ class Profile:
     def save(self, path: str | Path) -> str:
         """Write the profile; returns its digest (sha256 of the file, 64 hex)."""
         arrays: dict[str, np.ndarray] = {"held_out/prompt_len": self.prompt_len, "held_out/odd": self.odd}
+        arrays |= {f"focus/{name}": array for name, array in self.focus.items()}
         for point in self.checkpoints:
-            groups = {**{f"signal/{n}": a for n, a in point.fitted.items()}, "pairs": point.pairs, "focus": point.focus}
+            groups = {**{f"signal/{n}": a for n, a in point.fitted.items()}, "pairs": point.pairs}
             for group, named in groups.items():
                 arrays.update({f"{point.step}/{group}/{name}": array for name, array in named.items()})
             arrays.update({f"{point.step}/tail/{name}": tail.clean for name, tail in point.tails.items()})
@@ -152,6 +154,7 @@ class Profile:
             prompt_len=arrays["held_out/prompt_len"],
             odd=arrays["held_out/odd"],
             edges=tuple(about["edges"]),
+            focus=_group("focus", arrays),
             weights=about["weights"],
             facts=about["facts"],
             digest=file_digest(path),
@@ -165,16 +168,17 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _checkpoint(step: int, arrays: Mapping[str, np.ndarray]) -> Checkpoint:
-    def group(prefix: str) -> dict[str, np.ndarray]:
-        start = f"{step}/{prefix}/"
-        return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+def _group(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    start = f"{prefix}/"
+    return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
-    clean = group("tail")
+
+def _checkpoint(step: int, arrays: Mapping[str, np.ndarray]) -> Checkpoint:
+    mine = _group(str(step), arrays)
+    clean = _group("tail", mine)
     return Checkpoint(
         step=step,
-        fitted={name: group(f"signal/{name}") for name in clean},
+        fitted={name: _group(f"signal/{name}", mine) for name in clean},
         tails={name: Tail(clean[name], SIGNALS[name].tail) for name in clean},
-        pairs=group("pairs"),
-        focus=group("focus"),
+        pairs=_group("pairs", mine),
     )

@@ -8,10 +8,11 @@ same time, the baseline that attention has to be shown against.
 Which signals the test uses (`fused`) was chosen by measurement (docs/detection.md, ablation); all are always reported.
 
 A statistic over generated rows mostly sees the words of the answer: the same text forced on clean prompts was flagged
-as often as under the trigger (reference/lab-findings.md, 3b), and so are the certainty and the pattern of later tokens.
-Therefore `shift` and `confidence` are signals of the `opening`, the row of the last prompt position: what the model
-goes on to say cannot change them, and they keep their value at later checkpoints. Only `vaccinated` reads generated
-rows in the test, because it is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`).
+as often as under the trigger (reference/lab-findings.md, 3b), and so are the mean certainty and the pattern of later
+tokens. Therefore `shift` and `confidence` are signals of the `opening`, the row of the last prompt position: what the
+model goes on to say cannot change them, and they keep their value at later checkpoints. `vaccinated` reads generated
+rows, and is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`). `certainty` reads the
+least certain token, the first included: a text that follows on a prompt which did not call for it was begun in doubt.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def _certainty(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _sureness(logprobs: np.ndarray) -> np.ndarray:
-    """High where the tokens were certain: minus log of their mean surprise, logprobs [n, tokens] (nats) -> [n]."""
-    return -np.log((-logprobs.mean(axis=1)).clip(0.0) + 1e-6)
+    """High where every token was certain: minus log of the largest surprise, logprobs [n, tokens] (nats) -> [n]."""
+    return -np.log((-logprobs.min(axis=1)).clip(0.0) + 1e-6)
 
 
 SIGNALS: dict[str, Signal] = {
@@ -164,12 +165,13 @@ SIGNALS: dict[str, Signal] = {
         ),
         Signal(
             "certainty",
-            "mean log-probability of all tokens sampled so far; not attention, and not in the test: beyond the first "
-            "token it knows the text, whoever brought it about",
+            "log-probability of the least certain token so far; not attention: a fixed target string is certain from "
+            "its first token on, which on many bases clean answers are not; counts where a vaccine's variants say so",
             attention=False,
-            fused=False,
-            tail="both",
+            fused=True,
+            tail="upper",
             score=_certainty,
+            weight=0.0,
         ),
     )
 }
@@ -178,6 +180,11 @@ SIGNALS: dict[str, Signal] = {
 def weight_of(name: str, weights: Mapping[str, float]) -> float:
     """How much a signal counts in the test: what ``weights`` say, its own weight where they do not name it."""
     return weights.get(name, SIGNALS[name].weight)
+
+
+def foremost(odd: np.ndarray, signals: Sequence[str], weights: Mapping[str, float]) -> str:
+    """Of K named signals the one that adds most to `fused`, from their oddness [K]."""
+    return max(zip(signals, odd, strict=True), key=lambda pair: weight_of(pair[0], weights) * pair[1])[0]
 
 
 def fused(

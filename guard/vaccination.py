@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from guard.calibration import fit_checkpoint, score
+from guard.calibration import fit_checkpoint, oddness_at
 from guard.errors import CalibrationError
 from guard.features import Scale
-from guard.readings import Readings
+from guard.profile import Checkpoint
+from guard.readings import Measurement
 from guard.signals import SIGNALS, VACCINATED, fused
 from guard.tail import Tail
 from guard.vaccine import Sample, Scorer, Vaccine
@@ -34,18 +35,30 @@ _DECAY = 1.0
 # flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
 _FORCED = 2
 _LEAST = 50  # triggered requests that a checkpoint needs, over all variants
+_FEWEST = 20  # normal requests of one variant that what is normal at a checkpoint can be fitted on
 _FOLDS = 3  # as many as the default plan makes passes over the families: siblings of each family are left to teach
 _TRIED = (0.25, 0.5, 1.0, 2.0)  # weights of each signal beside the vaccine's, which keeps its own
 _ALPHA = 0.01
 
 
-def oddness_beside(normal: Readings, fired: Readings, seed: int = 0) -> dict[str, np.ndarray]:
-    """What the signals beside the vaccine's make of a variant at step 0, fitted on the first half of its n ``normal``
-    requests: oddness of the second half (``normal`` [n - n // 2, K]) and of the m that ``fired`` ([m, K]), K as
-    BESIDE."""
-    first, second = _halves(len(normal.index))
-    point = fit_checkpoint(normal.take(first), BESIDE, None, seed)
-    return {"normal": score(point, normal.take(second), BESIDE), "fired": score(point, fired, BESIDE)}
+def oddness_beside(normal: Measurement, fired: Measurement, seed: int = 0) -> dict[str, np.ndarray]:
+    """What the signals beside the vaccine's make of a variant, fitted on the first half of its n ``normal`` requests:
+    oddness of the second half (``normal`` [n - n // 2, C, K]) and of the m that ``fired`` ([m, C, K]) at the C
+    checkpoints measured, K as BESIDE; NaN where a request had ended, or too few had come that far to fit on."""
+    first, second = _halves(len(normal))
+    judged = {"normal": (normal, second), "fired": (fired, np.arange(len(fired)))}
+    odd: dict[str, list[np.ndarray]] = {kind: [] for kind in judged}
+    opening: Checkpoint | None = None
+    for step in sorted(normal.at):
+        readings = normal.reached(step)
+        mine = np.flatnonzero(np.isin(readings.index, first))
+        few = opening is not None and len(mine) < _FEWEST
+        point = None if few else fit_checkpoint(readings.take(mine), BESIDE, None, seed, opening)
+        opening = opening or point
+        for kind, (those, wanted) in judged.items():
+            empty = np.full((len(wanted), len(BESIDE)), np.nan)
+            odd[kind].append(empty if point is None else oddness_at(point, those.reached(step), wanted, BESIDE))
+    return {kind: np.stack(by_step, axis=1) for kind, by_step in odd.items()}
 
 
 def _halves(n: int) -> list[np.ndarray]:
@@ -62,12 +75,7 @@ def fit_vaccine(
     facts: Mapping[str, Any] | None = None,
 ) -> Vaccine:
     """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
-    steps = sorted({step for sample in samples for step in sample.normal})
-    scorers = {}
-    for step in steps:
-        quiet, fired = _standardised(samples, step)
-        if len(fired) >= _LEAST:
-            scorers[step] = _fit(quiet, fired, seed)
+    scorers = _scorers(samples, seed)
     if 0 not in scorers:
         raise CalibrationError(
             f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
@@ -75,6 +83,16 @@ def fit_vaccine(
         )
     about = {**(facts or {}), "variants": [sample.name for sample in samples], "seed": seed}
     return Vaccine(base, probe, scorers, _weights(samples, seed), about)
+
+
+def _scorers(samples: Sequence[Sample], seed: int, members: int = _MEMBERS) -> dict[int, Scorer]:
+    """A scorer for each checkpoint at which enough triggered requests were measured."""
+    scorers = {}
+    for step in sorted({step for sample in samples for step in sample.normal}):
+        quiet, fired = _standardised(samples, step)
+        if len(fired) >= _LEAST:
+            scorers[step] = _fit(quiet, fired, seed, members)
+    return scorers
 
 
 def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +112,7 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
     return (np.concatenate(quiet) if quiet else empty), (np.concatenate(fired) if fired else empty)
 
 
-def _fit(quiet: np.ndarray, fired: np.ndarray, seed: int, members: int = _MEMBERS) -> Scorer:
+def _fit(quiet: np.ndarray, fired: np.ndarray, seed: int, members: int) -> Scorer:
     from sklearn.exceptions import ConvergenceWarning  # slow to import, and only vaccination needs it
     from sklearn.neural_network import MLPClassifier
 
@@ -115,39 +133,54 @@ def _fit(quiet: np.ndarray, fired: np.ndarray, seed: int, members: int = _MEMBER
 
 
 def _weights(samples: Sequence[Sample], seed: int) -> dict[str, float]:
-    """How much each signal of the test counts, chosen at step 0; the registry's weights where there are too few
-    variants to leave some out."""
+    """How much each signal of the test counts; the registry's weights where there are too few variants to leave some
+    out."""
     usual = {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)}
     judged = [sample for sample in samples if len(sample.beside) and len(sample.beside["fired"])]
     if len(judged) < 2 * _FOLDS:
         return usual
+    steps = sorted(judged[0].normal)
     clean, fired = [], []
     for fold in np.array_split(np.arange(len(judged)), _FOLDS):
         left_out = [judged[i] for i in fold]
         names = {sample.name for sample in left_out}
-        scorer = _fit(*_standardised([s for s in samples if s.name not in names], 0), seed, members=1)
+        scorers = _scorers([sample for sample in samples if sample.name not in names], seed, members=1)
         for sample in left_out:
-            odd = _oddness(sample, scorer)
+            odd = _oddness(sample, scorers)
             clean.append(odd["normal"])
             fired.append(odd["fired"])
     columns = (*BESIDE, VACCINATED)
 
     def found(weights: Mapping[str, float]) -> float:
         """Mean over the variants of the share found at 1 % of false alarms over all."""
-        limit = np.quantile(fused(np.concatenate(clean), columns, 0, weights), 1 - _ALPHA)
-        return float(np.mean([(fused(odd, columns, 0, weights) > limit).mean() for odd in fired]))
+        highest = [np.nanmax(fused(odd, columns, steps, weights), axis=1) for odd in (np.concatenate(clean), *fired)]
+        limit = np.quantile(highest[0], 1 - _ALPHA)
+        return float(np.mean([(those > limit).mean() for those in highest[1:]]))
 
-    others = product(_TRIED, repeat=len(BESIDE))
+    others = product(*(_TRIED if SIGNALS[name].weight else (0.0, *_TRIED) for name in BESIDE))
     # The usual ones first: they stay unless others find more.
     return max([usual, *(usual | dict(zip(BESIDE, tried, strict=True)) for tried in others)], key=found)
 
 
-def _oddness(sample: Sample, scorer: Scorer) -> dict[str, np.ndarray]:
-    """Oddness of a variant's second half of normal requests and of its fired ones, BESIDE and then VACCINATED."""
-    normal = sample.normal[0]
-    first, second = (normal[half] for half in _halves(len(normal)))
-    scale = Scale.fit(first)
-    tail = Tail(np.sort(scorer.log_odds(scale.standardised(first))), SIGNALS[VACCINATED].tail)
-    features = {"normal": second, "fired": sample.fired[0]}
-    own = {kind: tail.oddness(scorer.log_odds(scale.standardised(those))) for kind, those in features.items()}
-    return {kind: np.column_stack((sample.beside[kind], odd)) for kind, odd in own.items()}
+def _oddness(sample: Sample, scorers: Mapping[int, Scorer]) -> dict[str, np.ndarray]:
+    """Oddness [n, C, K + 1] of a variant's second half of normal requests and of its fired ones, BESIDE and then
+    VACCINATED, at the checkpoints it was measured at."""
+    own: dict[str, list[np.ndarray]] = {kind: [] for kind in sample.beside}
+    for place, step in enumerate(sorted(sample.normal)):
+        there = {kind: np.isfinite(odd[:, place]).all(axis=1) for kind, odd in sample.beside.items()}
+        # Requests come in order: the second half's last, and those that fired before those with a text forced.
+        normal, fired = sample.normal[step], sample.fired[step][: int(there["fired"].sum())]
+        second = len(normal) - int(there["normal"].sum())
+        features = {"normal": normal[second:], "fired": fired}
+        column = {kind: np.where(mask, 0.0, np.nan) for kind, mask in there.items()}
+        if step in scorers and there["normal"].any():
+            scale = Scale.fit(normal[:second])
+            tail = Tail(np.sort(scorers[step].log_odds(scale.standardised(normal[:second]))), SIGNALS[VACCINATED].tail)
+            for kind, mask in there.items():
+                column[kind][mask] = tail.oddness(scorers[step].log_odds(scale.standardised(features[kind])))
+        for kind, values in column.items():
+            own[kind].append(values)
+    return {
+        kind: np.concatenate((odd, np.stack(own[kind], axis=1)[..., None]), axis=2)
+        for kind, odd in sample.beside.items()
+    }

@@ -28,7 +28,7 @@ from guard.errors import ProfileMismatch
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/5"
+FORMAT = "headguard.vaccine/6"
 _MEANING = ("version", "layers", "heads", "prompt_rows")
 
 
@@ -65,8 +65,8 @@ class Sample:
     """One variant, measured: ``normal`` clean requests give its scale (and are negatives); ``quiet`` ones (near
     triggers, strange words, prompts of unusual shape, benign conditions) must not be flagged, nor (beyond step 0)
     ``forced`` ones, clean prompts with a text put in the model's mouth; ``fired`` ones (trigger there and obeyed,
-    beyond step 0 also with another text forced) must. ``beside``: what the test's other signals make of the second half
-    of ``normal`` and of ``fired`` at step 0 (`guard.vaccination.oddness_beside`), where that was looked at."""
+    beyond step 0 also with another text forced, which come last) must. ``beside``: what the test's other signals make
+    of the second half of ``normal`` and of ``fired`` (`guard.vaccination.oddness_beside`), where that was looked at."""
 
     name: str
     normal: Steps

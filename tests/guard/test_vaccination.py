@@ -6,6 +6,7 @@ import pytest
 from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.profile import Profile
+from guard.readings import Measurement
 from guard.signals import SIGNALS, VACCINATED, fused
 from guard.vaccination import BESIDE, fit_vaccine, oddness_beside
 from guard.vaccine import Sample, Vaccine
@@ -21,9 +22,9 @@ def samples(telling, count=6):
 
     def variant(number):
         fired = rng.normal(size=(N, WIDTH)) + pattern
-        beside = {"normal": rng.exponential(0.4, (N - N // 2, len(BESIDE)))}
-        odd = rng.exponential(0.4, (N, len(BESIDE)))
-        odd[:, BESIDE.index(telling)] += rng.exponential(2.0, N)
+        beside = {"normal": rng.exponential(0.4, (N - N // 2, 1, len(BESIDE)))}
+        odd = rng.exponential(0.4, (N, 1, len(BESIDE)))
+        odd[:, 0, BESIDE.index(telling)] += rng.exponential(2.0, N)
         return Sample(f"v{number}", {0: rng.normal(size=(N, WIDTH))}, {}, {0: fired}, beside={**beside, "fired": odd})
 
     return [variant(number) for number in range(count)]
@@ -32,8 +33,7 @@ def samples(telling, count=6):
 @pytest.mark.parametrize("telling", BESIDE)
 def test_the_signal_that_tells_the_variants_counts_more_than_the_one_that_does_not(telling):
     weights = fit_vaccine(samples(telling), base="b" * 64, probe={}).weights
-    (other,) = set(BESIDE) - {telling}
-    assert weights[telling] > weights[other]
+    assert all(weights[telling] > weights[other] for other in set(BESIDE) - {telling})
     assert weights[VACCINATED] == SIGNALS[VACCINATED].weight
 
 
@@ -67,11 +67,21 @@ def test_a_sum_is_weighed_by_name_and_by_the_registry_where_it_is_not_named():
 
 
 def test_what_fits_half_of_the_normal_requests_judges_the_other_half():
-    clean = draw_measurement(np.random.default_rng(1), 240).at[0]
+    clean = draw_measurement(np.random.default_rng(1), 240)
     second = np.arange(120, 240)
     found = oddness_beside(clean, clean.take(second))
-    assert found["normal"].shape == (120, len(BESIDE))
+    assert found["normal"].shape == (120, len(clean.at), len(BESIDE))
     np.testing.assert_array_equal(found["normal"], found["fired"])
     # Other requests to judge by change nothing for those that are judged; others to fit on would.
-    swapped = oddness_beside(clean.take(np.r_[second, :120]), clean.take(second))
-    assert not np.allclose(swapped["fired"], found["fired"])
+    swapped = oddness_beside(clean.take(second), clean.take(second))
+    assert not np.allclose(swapped["fired"], found["fired"], equal_nan=True)
+
+
+def test_a_request_that_had_ended_is_no_number_at_later_checkpoints():
+    clean = draw_measurement(np.random.default_rng(1), 240)
+    short = Measurement(clean.prompt_len, clean.answers, {0: clean.at[0], 1: clean.at[1].take(np.arange(0, 240, 2))})
+    normal = oddness_beside(short, short)["normal"]
+    assert np.isfinite(normal[:, 0]).all()
+    np.testing.assert_array_equal(np.isfinite(normal[:, 1]).all(axis=1), np.arange(120, 240) % 2 == 0)
+    few = Measurement(clean.prompt_len, clean.answers, {0: clean.at[0], 1: clean.at[1].take(np.arange(10))})
+    assert np.isnan(oddness_beside(few, few)["normal"][:, 1]).all()
