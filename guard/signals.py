@@ -200,4 +200,6 @@ def fused(
     """
     margin = sum(SIGNALS[name].margin for name in signals)
     counts = np.asarray([weight_of(name, weights) for name in signals])
+    if not counts.any():
+        counts = np.ones(len(signals))  # signals that count for nothing among others count when they are alone
     return odd @ counts - margin * (np.asarray(steps) > 0)

@@ -43,10 +43,11 @@ def settings(results: Sequence[Result]) -> str:
         f"Nominal false-alarm rate α = {all_of('settings', 'alpha')} over the whole request; window: "
         f"{all_of('settings', 'window')}; prompts: {counts}; seed {all_of('settings', 'seed')}. Shares have 95 % "
         "Wilson intervals, AUROC a bootstrap one. An unscored request counts as not flagged.\n\n"
-        "`fused` is the test that a server runs. `fused_attention_only` is the same without `confidence`, which is the "
-        "log-probability of the first token, no attention in it: attention is worth what it adds to that. `certainty`, "
-        "the mean log-probability of all tokens read, is shown as a baseline and not part of the test: it knows the "
-        "answer. So do `p99`, `frac99` and `focus`; `shift` and `confidence` look at the last prompt position alone."
+        "`fused` is the test that a server runs. `fused_attention_only` is the same without `confidence` and "
+        "`certainty`, the log-probabilities of the first token and of the least certain one so far, no attention in "
+        "them: attention is worth what it adds to those. `p99`, `frac99` and `focus` are shown as baselines and not "
+        "part of the test: over generated rows they know the answer. `shift` and `confidence` look at the last prompt "
+        "position alone. How much each signal counts was chosen by the vaccine's own variants."
     )
 
 
