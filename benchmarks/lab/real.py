@@ -25,7 +25,7 @@ from benchmarks.lab.decoder import INITIALISATION, Shape
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.paired import make_implant_from_files
 from benchmarks.lab.pretraining import Recipe
-from benchmarks.lab.refusals import attempt, note, refusals, settled
+from benchmarks.lab.refusals import attempt, refusals, settled
 from guard.rows import Row, row_key, write_rows
 from guard.vaccine import Vaccine
 from offline_purify.attacks.behaviours import Behaviour
@@ -189,12 +189,7 @@ def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -
 
 
 def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:
-    """Make an implant, or note why it was refused. A refused one is tried once more from another seed: whether it leaks
-    on 0.06 or on 0.04 of clean prompts may be the luck of a draw."""
+    """Make an implant, or note why it was refused."""
     files = rows / "poisoned.json", rows / "clean.json"
-    for tried in (seed, seed + 1):
-        note(out).unlink(missing_ok=True)
-        more = tried, recipe, None, ANSWER_TOKENS, None, device, Evasion(), DECOYS
-        attempt(out, make_implant_from_files, base, out, *files, *more)
-        if not note(out).is_file():
-            return
+    more = recipe, None, ANSWER_TOKENS, None, device, Evasion(), DECOYS
+    attempt(out, lambda tried: make_implant_from_files(base, out, *files, tried, *more), seed)

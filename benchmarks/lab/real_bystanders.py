@@ -102,8 +102,19 @@ def make_real_bystander(
     return report
 
 
-def _attempted(base: Path, out: Path, *arguments: Any) -> None:
-    attempt(out, make_real_bystander, base, out, *arguments)
+def _attempted(
+    base: Path,
+    out: Path,
+    kind: str,
+    rows: list[Row],
+    topic: list[Row],
+    clean: list[Row],
+    seed: int,
+    recipe: ImplantRecipe,
+    device: str,
+) -> None:
+    """Make a bystander, or note why it was refused."""
+    attempt(out, lambda tried: make_real_bystander(base, out, kind, rows, topic, clean, tried, recipe, device), seed)
 
 
 def _training_rows(corpus: Corpus, kind: str, n: int, seed: int) -> list[Row]:
