@@ -93,6 +93,10 @@ def _confidence(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
     return _sureness(readings.opening.logprobs)
 
 
+def _fit_certainty(readings: Readings, _: Vaccine | None) -> Fitted | None:
+    return {} if readings.step else None  # of one token `confidence` says it
+
+
 def _certainty(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
     return _sureness(readings.logprobs)
 
@@ -170,6 +174,7 @@ SIGNALS: dict[str, Signal] = {
             attention=False,
             fused=True,
             tail="upper",
+            fit=_fit_certainty,
             score=_certainty,
             weight=0.0,
         ),

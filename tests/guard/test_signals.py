@@ -24,6 +24,9 @@ def test_certainty_is_that_of_the_least_certain_token_so_far():
     # A text that nothing called for was begun in doubt, however sure the model is of how it goes on.
     assert fixed > forced > clean
     assert SIGNALS["certainty"].tail == "upper"
+    # Of one token `confidence` says it already.
+    assert SIGNALS["certainty"].fit(readings([-0.01]), None) is None
+    assert SIGNALS["certainty"].fit(readings([-0.01, -0.02]), None) is not None
 
 
 def test_a_signal_that_counts_for_nothing_changes_no_sum_and_is_a_test_of_its_own():
