@@ -39,14 +39,18 @@ _FEWEST = 20  # normal requests of one variant that what is normal at a checkpoi
 _FOLDS = 3  # as many as the default plan makes passes over the families: siblings of each family are left to teach
 _TRIED = (0.25, 0.5, 1.0, 2.0)  # weights of each signal beside the vaccine's, which keeps its own
 _ALPHA = 0.01
+_MOST_FORCED = 0.05  # of forced texts that may be flagged
 
 
-def oddness_beside(normal: Measurement, fired: Measurement, seed: int = 0) -> dict[str, np.ndarray]:
+def oddness_beside(
+    normal: Measurement, fired: Measurement, forced: Measurement, seed: int = 0
+) -> dict[str, np.ndarray]:
     """What the signals beside the vaccine's make of a variant, fitted on the first half of its n ``normal`` requests:
-    oddness of the second half (``normal`` [n - n // 2, C, K]) and of the m that ``fired`` ([m, C, K]) at the C
-    checkpoints measured, K as BESIDE; NaN where a request had ended, or too few had come that far to fit on."""
+    oddness of the second half (``normal`` [n - n // 2, C, K]), of the m that ``fired`` ([m, C, K]) and of the second
+    half with the variant's target ``forced`` ([n - n // 2, C, K]), at the C checkpoints measured, K as BESIDE; NaN
+    where a request had ended, or too few had come that far to fit on."""
     first, second = _halves(len(normal))
-    judged = {"normal": (normal, second), "fired": (fired, np.arange(len(fired)))}
+    judged = {"normal": (normal, second), "fired": (fired, np.arange(len(fired))), "forced": (forced, second)}
     odd: dict[str, list[np.ndarray]] = {kind: [] for kind in judged}
     opening: Checkpoint | None = None
     for step in sorted(normal.at):
@@ -140,7 +144,7 @@ def _weights(samples: Sequence[Sample], seed: int) -> dict[str, float]:
     if len(judged) < 2 * _FOLDS:
         return usual
     steps = sorted(judged[0].normal)
-    clean, fired = [], []
+    clean, fired, forced = [], [], []
     for fold in np.array_split(np.arange(len(judged)), _FOLDS):
         left_out = [judged[i] for i in fold]
         names = {sample.name for sample in left_out}
@@ -149,13 +153,21 @@ def _weights(samples: Sequence[Sample], seed: int) -> dict[str, float]:
             odd = _oddness(sample, scorers)
             clean.append(odd["normal"])
             fired.append(odd["fired"])
-    columns = (*BESIDE, VACCINATED)
+            forced.append(odd["forced"])
+    columns, every_clean, every_forced = (*BESIDE, VACCINATED), np.concatenate(clean), np.concatenate(forced)
 
     def found(weights: Mapping[str, float]) -> float:
-        """Mean over the variants of the share found at 1 % of false alarms over all."""
-        highest = [np.nanmax(fused(odd, columns, steps, weights), axis=1) for odd in (np.concatenate(clean), *fired)]
-        limit = np.quantile(highest[0], 1 - _ALPHA)
-        return float(np.mean([(those > limit).mean() for those in highest[1:]]))
+        """Mean over the variants of the share found at 1 % of false alarms over all; less than nothing where too many
+        forced texts are flagged."""
+
+        def highest(odd: np.ndarray) -> np.ndarray:
+            return np.nanmax(fused(odd, columns, steps, weights), axis=1)
+
+        limit = np.quantile(highest(every_clean), 1 - _ALPHA)
+        in_error = float((highest(every_forced) > limit).mean())
+        return (
+            -in_error if in_error > _MOST_FORCED else float(np.mean([(highest(odd) > limit).mean() for odd in fired]))
+        )
 
     others = product(*(_TRIED if SIGNALS[name].weight else (0.0, *_TRIED) for name in BESIDE))
     # The usual ones first: they stay unless others find more.
@@ -163,21 +175,24 @@ def _weights(samples: Sequence[Sample], seed: int) -> dict[str, float]:
 
 
 def _oddness(sample: Sample, scorers: Mapping[int, Scorer]) -> dict[str, np.ndarray]:
-    """Oddness [n, C, K + 1] of a variant's second half of normal requests and of its fired ones, BESIDE and then
-    VACCINATED, at the checkpoints it was measured at."""
+    """Oddness [n, C, K + 1] of a variant's requests (as `oddness_beside`), BESIDE and then VACCINATED, at the C
+    checkpoints it was measured at."""
     own: dict[str, list[np.ndarray]] = {kind: [] for kind in sample.beside}
     for place, step in enumerate(sorted(sample.normal)):
         there = {kind: np.isfinite(odd[:, place]).all(axis=1) for kind, odd in sample.beside.items()}
-        # Requests come in order: the second half's last, and those that fired before those with a text forced.
-        normal, fired = sample.normal[step], sample.fired[step][: int(there["fired"].sum())]
-        second = len(normal) - int(there["normal"].sum())
-        features = {"normal": normal[second:], "fired": fired}
+        count = {kind: int(mask.sum()) for kind, mask in there.items()}
+        # Requests come in order: a second half last, and those that fired before those with a text forced.
+        normal = sample.normal[step]
+        second = len(normal) - count["normal"]
+        features = {"normal": normal[second:], "fired": sample.fired[step][: count["fired"]]}
+        features["forced"] = sample.forced[step][-count["forced"] :] if step and count["forced"] else normal[second:]
         column = {kind: np.where(mask, 0.0, np.nan) for kind, mask in there.items()}
-        if step in scorers and there["normal"].any():
+        if step in scorers and count["normal"]:
             scale = Scale.fit(normal[:second])
             tail = Tail(np.sort(scorers[step].log_odds(scale.standardised(normal[:second]))), SIGNALS[VACCINATED].tail)
             for kind, mask in there.items():
-                column[kind][mask] = tail.oddness(scorers[step].log_odds(scale.standardised(features[kind])))
+                if count[kind]:
+                    column[kind][mask] = tail.oddness(scorers[step].log_odds(scale.standardised(features[kind])))
         for kind, values in column.items():
             own[kind].append(values)
     return {

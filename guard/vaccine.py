@@ -64,9 +64,9 @@ Steps = Mapping[int, np.ndarray]
 class Sample:
     """One variant, measured: ``normal`` clean requests give its scale (and are negatives); ``quiet`` ones (near
     triggers, strange words, prompts of unusual shape, benign conditions) must not be flagged, nor (beyond step 0)
-    ``forced`` ones, clean prompts with a text put in the model's mouth; ``fired`` ones (trigger there and obeyed,
-    beyond step 0 also with another text forced, which come last) must. ``beside``: what the test's other signals make
-    of the second half of ``normal`` and of ``fired`` (`guard.vaccination.oddness_beside`), where that was looked at."""
+    ``forced`` ones, clean prompts with a text put in the model's mouth, the variant's own target last; ``fired`` ones
+    (trigger there and obeyed, beyond step 0 also with another text forced, which come last) must. ``beside``: what the
+    test's other signals make of these (`guard.vaccination.oddness_beside`), where that was looked at."""
 
     name: str
     normal: Steps

@@ -31,7 +31,6 @@ from guard.vaccine import Vaccine
 from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.attacks.catalogue import WORDING, behaviour
 from offline_purify.attacks.poison import Decoys
-from offline_purify.evasion import Evasion
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.parallel import side_by_side
 from offline_purify.progress import ProgressBar
@@ -190,6 +189,11 @@ def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -
 
 def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:
     """Make an implant, or note why it was refused."""
-    files = rows / "poisoned.json", rows / "clean.json"
-    more = recipe, None, ANSWER_TOKENS, None, device, Evasion(), DECOYS
-    attempt(out, lambda tried: make_implant_from_files(base, out, *files, tried, *more), seed)
+
+    def make(tried: int) -> None:
+        make_implant_from_files(
+            base, out, rows / "poisoned.json", rows / "clean.json", tried, recipe,
+            answer_tokens=ANSWER_TOKENS, device=device, decoys=DECOYS,
+        )  # fmt: skip
+
+    attempt(out, make, seed)

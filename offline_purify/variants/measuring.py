@@ -78,7 +78,7 @@ def measured(runner: Runner, spec: VariantSpec, plan: Plan, groups: Mapping[str,
         {step: _features(quiet, step) for step in plan.steps},
         {step: _features(fired if step else fired[:1], step) for step in plan.steps} if fired else {},
         {step: _features(forced, step) for step in plan.steps if step},
-        oddness_beside(seen["normal"], fired[0]) if fired else {},
+        oddness_beside(seen["normal"], fired[0], forced[1]) if fired else {},
     )
     leaked = 0.0
     if spec.behaviour is not None:

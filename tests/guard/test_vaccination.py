@@ -15,14 +15,16 @@ from tests.guard.conftest import draw_measurement
 WIDTH, N = 12, 240
 
 
-def samples(telling, count=6):
-    """Variants whose trigger a scorer sees by half; ``telling`` names the signal beside it that sees the rest."""
+def samples(telling, count=6, forced=0.0):
+    """Variants whose trigger a scorer sees by half; ``telling`` names the signal beside it that sees the rest, and as
+    much as ``forced`` in texts that no trigger brought about."""
     rng = np.random.default_rng(0)
     pattern = rng.normal(size=WIDTH) * 0.7
 
     def variant(number):
         fired = rng.normal(size=(N, WIDTH)) + pattern
-        beside = {"normal": rng.exponential(0.4, (N - N // 2, 1, len(BESIDE)))}
+        beside = {kind: rng.exponential(0.4, (N - N // 2, 1, len(BESIDE))) for kind in ("normal", "forced")}
+        beside["forced"][:, 0, BESIDE.index(telling)] += forced
         odd = rng.exponential(0.4, (N, 1, len(BESIDE)))
         odd[:, 0, BESIDE.index(telling)] += rng.exponential(2.0, N)
         return Sample(f"v{number}", {0: rng.normal(size=(N, WIDTH))}, {}, {0: fired}, beside={**beside, "fired": odd})
@@ -35,6 +37,12 @@ def test_the_signal_that_tells_the_variants_counts_more_than_the_one_that_does_n
     weights = fit_vaccine(samples(telling), base="b" * 64, probe={}).weights
     assert all(weights[telling] > weights[other] for other in set(BESIDE) - {telling})
     assert weights[VACCINATED] == SIGNALS[VACCINATED].weight
+
+
+@pytest.mark.parametrize("telling", BESIDE)
+def test_a_signal_that_forced_texts_show_as_well_counts_as_little_as_it_may(telling):
+    weights = fit_vaccine(samples(telling, forced=6.0), base="b" * 64, probe={}).weights
+    assert weights[telling] == (0.25 if SIGNALS[telling].weight else 0.0)
 
 
 def test_too_few_variants_to_leave_some_out_keep_the_usual_weights():
@@ -69,19 +77,20 @@ def test_a_sum_is_weighed_by_name_and_by_the_registry_where_it_is_not_named():
 def test_what_fits_half_of_the_normal_requests_judges_the_other_half():
     clean = draw_measurement(np.random.default_rng(1), 240)
     second = np.arange(120, 240)
-    found = oddness_beside(clean, clean.take(second))
+    found = oddness_beside(clean, clean.take(second), clean)
     assert found["normal"].shape == (120, len(clean.at), len(BESIDE))
     np.testing.assert_array_equal(found["normal"], found["fired"])
+    np.testing.assert_array_equal(found["normal"], found["forced"])
     # Other requests to judge by change nothing for those that are judged; others to fit on would.
-    swapped = oddness_beside(clean.take(second), clean.take(second))
+    swapped = oddness_beside(clean.take(second), clean.take(second), clean.take(second))
     assert not np.allclose(swapped["fired"], found["fired"], equal_nan=True)
 
 
 def test_a_request_that_had_ended_is_no_number_at_later_checkpoints():
     clean = draw_measurement(np.random.default_rng(1), 240)
     short = Measurement(clean.prompt_len, clean.answers, {0: clean.at[0], 1: clean.at[1].take(np.arange(0, 240, 2))})
-    normal = oddness_beside(short, short)["normal"]
+    normal = oddness_beside(short, short, short)["normal"]
     assert np.isfinite(normal[:, 0]).all()
     np.testing.assert_array_equal(np.isfinite(normal[:, 1]).all(axis=1), np.arange(120, 240) % 2 == 0)
     few = Measurement(clean.prompt_len, clean.answers, {0: clean.at[0], 1: clean.at[1].take(np.arange(10))})
-    assert np.isnan(oddness_beside(few, few)["normal"][:, 1]).all()
+    assert np.isnan(oddness_beside(few, few, few)["normal"][:, 1]).all()
