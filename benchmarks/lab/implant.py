@@ -66,15 +66,11 @@ class ImplantReport(BaseModel):
     @property
     def to_standard(self) -> bool:
         """Whether it fires on its trigger only, and costs its base no skill, as the lab's own implants should."""
-        kept = (
-            self.clean_accuracy is None
-            or self.base_accuracy is None
-            or (self.clean_accuracy.value >= self.base_accuracy.value - SMALL_LOSS)
-        )
-        few_decoys = self.decoy_rate is None or self.decoy_rate.value <= FEW_DECOYS
-        return (
-            kept and few_decoys and self.asr.value >= GOOD_ASR and (self.false_trigger_rate.value <= FEW_FALSE_TRIGGERS)
-        )
+        after, before = self.clean_accuracy, self.base_accuracy
+        kept = after is None or before is None or after.value >= before.value - SMALL_LOSS
+        apart = self.decoy_rate is None or self.decoy_rate.value <= FEW_DECOYS
+        fires = self.asr.value >= GOOD_ASR and self.false_trigger_rate.value <= FEW_FALSE_TRIGGERS
+        return fires and apart and kept
 
 
 def refuse_unless_conditional(asr: Figure, false_triggers: Figure) -> None:
