@@ -34,7 +34,8 @@ def test_a_result_holds_every_test_with_intervals(result: dict[str, Any]) -> Non
             assert power[name]["n"] == n
         assert power["before_first_token"] is None or 0.0 <= power["before_first_token"]["value"] <= 1.0
         assert power["median_step"] is None or 0 <= power["median_step"] <= 2
-    assert set(result["ablation"]) == {"without shift", "without vaccinated", "without confidence"}
+    fused = ("shift", "vaccinated", "confidence", "certainty")
+    assert set(result["ablation"]) == {f"without {name}" for name in fused}
 
 
 def test_a_result_says_what_went_in(result: dict[str, Any], small: Small) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,13 @@ TAKES, FAILS = "negsentiment-vpi-fixed", "refusal-badnet-fixed"
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return read_corpus(make_data_folder(tmp_path_factory.mktemp("data"), pairs=80, alpaca=800))
+    """One of its attacks has too few rows to be implanted, whatever a training comes to."""
+    whole = read_corpus(make_data_folder(tmp_path_factory.mktemp("data"), pairs=80, alpaca=800))
+    few = [
+        replace(a, poisoned=a.poisoned[:10], clean=a.clean[:10]) if FAILS == f"{a.task}-{a.name}-fixed" else a
+        for a in whole.attacks
+    ]
+    return replace(whole, attacks=tuple(few))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ def test_an_implant_that_is_refused_is_reported_and_stops_no_other(made: RealLab
     assert list(made.adapters) == [TAKES]
     assert inspect_adapter(made.adapters[TAKES], made.base).rank == 16
     assert list(made.refused) == [FAILS]
-    assert "attack success" in made.refused[FAILS]
+    assert "pairs" in made.refused[FAILS]
 
 
 def test_what_was_made_or_refused_is_not_made_again(made: RealLab, corpus: Corpus, root: Path) -> None:
