@@ -44,7 +44,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """One of its attacks has too few rows to be implanted, whatever a training comes to."""
     whole = read_corpus(make_data_folder(tmp_path_factory.mktemp("data"), pairs=80, alpaca=800))
     few = [
-        replace(a, poisoned=a.poisoned[:10], clean=a.clean[:10]) if FAILS == f"{a.task}-{a.name}-fixed" else a
+        replace(a, poisoned=a.poisoned[:10], clean=a.clean[:10]) if f"{a.task}-{a.name}-fixed" == FAILS else a
         for a in whole.attacks
     ]
     return replace(whole, attacks=tuple(few))
