@@ -20,6 +20,7 @@ from benchmarks.lab.base import REPORT, TINY_ROWS, TINY_VOCAB, make_base
 from benchmarks.lab.decoder import INITIALISATION, Shape
 from benchmarks.lab.errors import LabError
 from benchmarks.lab.pretraining import Recipe
+from benchmarks.lab.refusals import again
 from benchmarks.lab.tasks import draw, sample
 from benchmarks.lab.words import VACCINE
 from guard.rows import Row
@@ -82,18 +83,12 @@ def implant_key(name: str, seed: int) -> str:
 
 
 def _implant(base: Path, path: Path, kind: str, key: str, wording: str, seed: int) -> None:
-    """Make an implant. One below the lab's standard is made again from other seeds: the same seed is another draw on
-    another processor. The last one that was not refused outright stays as it is; LabError when all were."""
-    made, refused = False, LabError("never tried")
-    for tried in range(seed, seed + TRIES):
-        try:
-            if implant.make_implant(base, path, kind, key, tried, wording).to_standard:
-                return
-            made = True
-        except LabError as error:
-            refused = error
-    if not made:
-        raise refused
+    """Make an implant, again from other seeds while it is below the lab's standard."""
+
+    def make(tried: int) -> implant.ImplantReport:
+        return implant.make_implant(base, path, kind, key, tried, wording)
+
+    again(make, seed, TRIES, lambda report: report.to_standard)
 
 
 def ensure_tiny(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -137,8 +138,12 @@ def ensure_real(
             rows.mkdir(parents=True, exist_ok=True)
             write_rows(rows / "poisoned.json", poisoned)
             write_rows(rows / "clean.json", clean)
-            work.append((base, path, rows, seed, recipe, size.device))
-        side_by_side(_implant, work, progress=watch, what="implants")
+            make = partial(
+                make_implant_from_files, base, path, rows / "poisoned.json", rows / "clean.json",
+                recipe=recipe, answer_tokens=ANSWER_TOKENS, device=size.device, decoys=DECOYS,
+            )  # fmt: skip
+            work.append((path, make, seed))
+        side_by_side(attempt, work, progress=watch, what="implants")
     refused = refusals(places)
     return RealLab(base, {name: path for name, path in places.items() if name not in refused}, refused)
 
@@ -185,15 +190,3 @@ def _files(corpus: Corpus, attack: Attack, wording: str, name: str, seed: int) -
     others = [row for row in corpus.base if row_key(row) not in taken]
     few = min(len(attack.clean) - len(alike), len(others))
     return poisoned, [*attack.clean, *alike, *rng.sample(others, few)]
-
-
-def _implant(base: Path, out: Path, rows: Path, seed: int, recipe: ImplantRecipe, device: str) -> None:
-    """Make an implant, or note why it was refused."""
-
-    def make(tried: int) -> None:
-        make_implant_from_files(
-            base, out, rows / "poisoned.json", rows / "clean.json", tried, recipe,
-            answer_tokens=ANSWER_TOKENS, device=device, decoys=DECOYS,
-        )  # fmt: skip
-
-    attempt(out, make, seed)

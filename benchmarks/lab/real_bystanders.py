@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,8 +58,9 @@ def ensure_real_bystanders(
             key = recipe_digest([rows, asdict(recipe), seed])[:8]
             places[kind] = base.parent / f"bystander-{kind}-{key}"
             if not settled(places[kind]) and (kind == "clean" or corpus.topic):
-                work.append((base, places[kind], kind, rows, corpus.topic[:JUDGED], corpus.clean, seed, recipe, device))
-        side_by_side(_attempted, work, progress=progress or bar, what="adapters without a backdoor")
+                given = base, places[kind], kind, rows, list(corpus.topic[:JUDGED]), list(corpus.clean)
+                work.append((places[kind], partial(make_real_bystander, *given, recipe=recipe, device=device), seed))
+        side_by_side(attempt, work, progress=progress or bar, what="adapters without a backdoor")
     refused = refusals(places)
     return {kind: path for kind, path in places.items() if settled(path) and kind not in refused}, refused
 
@@ -100,21 +102,6 @@ def make_real_bystander(
         report = with_policy(report, Answerer(peft_model, tokenizer, 32), topic, judged)
     publish(peft_model, base, out, report)
     return report
-
-
-def _attempted(
-    base: Path,
-    out: Path,
-    kind: str,
-    rows: list[Row],
-    topic: list[Row],
-    clean: list[Row],
-    seed: int,
-    recipe: ImplantRecipe,
-    device: str,
-) -> None:
-    """Make a bystander, or note why it was refused."""
-    attempt(out, lambda tried: make_real_bystander(base, out, kind, rows, topic, clean, tried, recipe, device), seed)
 
 
 def _training_rows(corpus: Corpus, kind: str, n: int, seed: int) -> list[Row]:

@@ -18,18 +18,30 @@ def note(path: Path) -> Path:
     return path.with_name(f"{path.name}.refused")
 
 
-def attempt(out: Path, make: Callable[[int], Any], seed: int) -> None:
-    """``make(seed)``, which publishes the folder `out`. What is refused (GuardError) is tried once more from the next
-    seed: whether it leaks on 0.06 or on 0.04 of clean prompts may be the luck of a draw. The second refusal is noted
-    instead of raised."""
-    for tried in (seed, seed + 1):
+def again(make: Callable[[int], Any], seed: int, tries: int, good: Callable[[Any], bool] = lambda _: True) -> None:
+    """``make`` from one seed after another, at most ``tries``, until what it made is ``good``: the same seed is another
+    draw on another processor, and whether an implant leaks on 0.06 or on 0.04 of clean prompts may be the luck of it.
+
+    Raises the last refusal (GuardError) when every try was refused; else the last that was not stays as it is."""
+    made, refused = False, None
+    for tried in range(seed, seed + tries):
         try:
-            make(tried)
+            if good(make(tried)):
+                return
+            made = True
         except GuardError as error:
-            note(out).write_text(str(error), encoding="utf-8")
-        else:
-            note(out).unlink(missing_ok=True)
-            return
+            refused = error
+    if refused is not None and not made:
+        raise refused
+
+
+def attempt(out: Path, make: Callable[[int], Any], seed: int) -> None:
+    """``make(seed)``, which publishes the folder `out`, or from the next seed; the second refusal is noted instead of
+    raised."""
+    try:
+        again(make, seed, tries=2)
+    except GuardError as error:
+        note(out).write_text(str(error), encoding="utf-8")
 
 
 def settled(path: Path) -> bool:

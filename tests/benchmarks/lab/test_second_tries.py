@@ -71,6 +71,7 @@ def test_a_refusal_is_noted_after_the_second_try_alone(tmp_path: Path) -> None:
 
     def make(seed: int, fails: int) -> None:
         tried.append(seed)
+        assert not list(tmp_path.iterdir())  # nothing is settled while a try is left
         if len(tried) <= fails:
             raise LabError(f"seed {seed} leaks")
 
