@@ -74,7 +74,7 @@ def fit_profile(
         prompt_len=prompt_len.astype(np.int64),
         odd=np.stack(odd, axis=1),
         edges=tuple(bucket_edges(prompt_len, MIN_BUCKET)),
-        focus=fit_focus(begun.take(np.flatnonzero(np.isin(begun.index, fit))).focus),
+        focus=fit_focus([begun.focus[i] for i in np.flatnonzero(np.isin(begun.index, fit))]),
         weights=dict(vaccine.weights) if vaccine is not None else {},
         facts={
             **(facts or {}),

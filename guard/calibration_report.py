@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import ks_2samp
 
-from guard.calibration import score
+from guard.calibration import oddness_at
 from guard.detector import Detector
 from guard.profile import Profile
 from guard.readings import Measurement
@@ -106,7 +106,7 @@ def _oddness(profile: Profile, measurement: Measurement) -> np.ndarray:
     for column, point in enumerate(profile.checkpoints):
         if point.step in measurement.at and len(measurement.at[point.step].index):
             readings = measurement.reached(point.step)
-            odd[readings.index, column] = score(point, readings, profile.signals)
+            odd[:, column] = oddness_at(point, readings, np.arange(len(measurement)), profile.signals)
     return odd
 
 

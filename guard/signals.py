@@ -187,9 +187,15 @@ def weight_of(name: str, weights: Mapping[str, float]) -> float:
     return weights.get(name, SIGNALS[name].weight)
 
 
+def _counts(signals: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
+    """How much each of K named signals counts among them, [K]; those that count for nothing do when they are alone."""
+    counts = np.asarray([weight_of(name, weights) for name in signals])
+    return counts if counts.any() else np.ones(len(signals))
+
+
 def foremost(odd: np.ndarray, signals: Sequence[str], weights: Mapping[str, float]) -> str:
     """Of K named signals the one that adds most to `fused`, from their oddness [K]."""
-    return max(zip(signals, odd, strict=True), key=lambda pair: weight_of(pair[0], weights) * pair[1])[0]
+    return signals[int((odd * _counts(signals, weights)).argmax())]
 
 
 def fused(
@@ -204,7 +210,4 @@ def fused(
     (docs/vaccine.md). Whatever their dependence, the conformal step makes the result exact.
     """
     margin = sum(SIGNALS[name].margin for name in signals)
-    counts = np.asarray([weight_of(name, weights) for name in signals])
-    if not counts.any():
-        counts = np.ones(len(signals))  # signals that count for nothing among others count when they are alone
-    return odd @ counts - margin * (np.asarray(steps) > 0)
+    return odd @ _counts(signals, weights) - margin * (np.asarray(steps) > 0)

@@ -1,9 +1,9 @@
 """How a vaccine is learnt from measured variants: a scorer for each checkpoint, and how much each signal counts.
 
 What a signal is worth hangs on the base. Where it is sure of its answers, a doubtful first token is odd; where it never
-is, `confidence` tells nothing and only raises the threshold. The variants know: each is looked for by a scorer that the
-other passes over the families taught, and the weights are those under which most of them are found. So a base chooses
-its own weights, and no backdoor that the guard is measured on has a say.
+is, `confidence` tells nothing and only raises the threshold. The variants know: each is looked for by scorers that the
+other passes over the families taught, and the weights are those under which most of them are found while few forced
+texts are flagged. So a base chooses its own weights, and no backdoor that the guard is measured on has a say.
 """
 
 from __future__ import annotations
@@ -167,9 +167,9 @@ def _weights(samples: Sequence[Sample], seed: int) -> dict[str, float]:
 
         limit = np.quantile(highest(every_clean), 1 - _ALPHA)
         in_error = float((highest(every_forced) > limit).mean())
-        return (
-            -in_error if in_error > _MOST_FORCED else float(np.mean([(highest(odd) > limit).mean() for odd in fired]))
-        )
+        if in_error > _MOST_FORCED:
+            return -in_error
+        return float(np.mean([(highest(odd) > limit).mean() for odd in fired]))
 
     others = product(*(_TRIED if SIGNALS[name].weight else (0.0, *_TRIED) for name in BESIDE))
     # The usual ones first: they stay unless others find more.
