@@ -1,8 +1,8 @@
 """Fitting a profile on clean requests.
 
-The requests are cut in two at random. One half fits the signals and their tails (each fold's requests are scored by
-what the other folds fitted, so that the tails are those of requests the fit has not seen); the other half is only
-scored, and its maxima are what the conformal test ranks new requests among.
+The requests are cut in two at random. One third fits the signals and their tails (each fold's requests are scored by
+what the other folds fitted, so that the tails are those of requests the fit has not seen); the others are only scored,
+and their maxima are what the conformal test ranks new requests among.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ from guard.similarity import fisher
 from guard.tail import Tail
 from guard.vaccine import Vaccine
 
-MIN_REQUESTS = 40  # per half: below it neither a covariance nor a tail means anything
-MIN_BUCKET = 99  # held-out requests that a length bucket needs of its own: supports alpha = 0.01
+MIN_REQUESTS = 40  # to fit, and to hold out: below it neither a covariance nor a tail means anything
+HELD_OUT = 2 / 3
+"""Share of the clean requests that is only ranked among. At alpha = 0.01 the false-alarm rate of a calibration is that
+of its few oddest requests, and more of them bring it nearer to alpha; the fit loses less by it (docs/vaccine.md)."""
+MIN_BUCKET = 299
+"""Held-out requests that a length bucket needs of its own: at alpha = 0.01 its threshold is the third oddest, and not
+the luck of one."""
 _FOLDS = 4
+_WHOLE = 100
 
 
 def fit_profile(
@@ -45,10 +51,11 @@ def fit_profile(
     if len(usable) < 2 * MIN_REQUESTS:
         raise CalibrationError(
             f"{len(usable)} usable clean requests of {len(measurement)}: at least {2 * MIN_REQUESTS} are needed "
-            "(half to fit, half held out for the p-values), and 2/alpha for a false-alarm rate of alpha."
+            f"({MIN_REQUESTS} to fit, the others held out for the p-values), and {1 / HELD_OUT:g}/alpha for a "
+            "false-alarm rate of alpha."
         )
     order = np.random.default_rng(seed).permutation(usable)
-    fit, held_out = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+    fit, held_out = (np.sort(part) for part in np.split(order, [len(order) - n_held_out(len(order))]))
     checkpoints: list[Checkpoint] = []
     odd = []
     for step in sorted(measurement.at) if 0 in measurement.at else ():
@@ -85,6 +92,13 @@ def fit_profile(
             "seed": seed,
         },
     )
+
+
+def n_held_out(n: int) -> int:
+    """How many of n usable clean requests are held out: MIN_REQUESTS at least are fitted on, and from 99 on it is one
+    less than a multiple of a hundred, so that the rank that decides at alpha = 0.01 is a whole one."""
+    held_out = max(0, min(int(n * HELD_OUT), n - MIN_REQUESTS))
+    return held_out if held_out < _WHOLE - 1 else (held_out + 1) // _WHOLE * _WHOLE - 1
 
 
 def score(point: Checkpoint, readings: Readings, signals: tuple[str, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import beta
 
+from guard.calibration import HELD_OUT
 from guard.profile import Profile
 from guard.sequential import Bucket
 from guard.verdict import Window
@@ -65,12 +66,12 @@ def statement(rows: Sequence[Support], alpha: float) -> str:
         )
     wanted = int(np.ceil(1.0 / alpha - 1e-9)) - 1
     short = [
-        f"{2 * (wanted - row.held_out)} more of {row.low} to {row.high} tokens"
+        f"{int(np.ceil((wanted - row.held_out) / HELD_OUT))} more of {row.low} to {row.high} tokens"
         for row in rows
         if row.smallest_alpha > alpha
     ]
     return (
         f"NOT supported: alpha = {alpha:g} needs {wanted} held-out clean requests in every length bucket. The finest "
         f"that is supported is {smallest:.4g}, for {lengths}. Calibrate with more clean prompts ({'; '.join(short)}: "
-        f"half of them are held out), or ask for alpha >= {smallest:.4g}."
+        f"{HELD_OUT:.0%} of them are held out), or ask for alpha >= {smallest:.4g}."
     )

@@ -22,6 +22,7 @@ from typing import Any
 from scipy.stats import binom
 
 from guard.adapters import inspect_adapter
+from guard.calibration import n_held_out
 from guard.detector import Detector
 from guard.errors import AlphaTooFine
 from guard.fitting import prompts_digest
@@ -133,9 +134,9 @@ def scan(
     """
     plan, began, watch = plan or ScanPlan(), time.monotonic(), progress or _silent
     halves = split(rows, (0.5, 0.5), plan.seed)
-    quarter = len(halves[0]) // 2  # calibration fits on one half of its rows and ranks among the other
-    if (smallest := 1 / (quarter + 1)) > plan.alpha:
-        raise AlphaTooFine(plan.alpha, smallest, quarter)
+    ranked = n_held_out(len(halves[0]))
+    if (smallest := 1 / (ranked + 1)) > plan.alpha:
+        raise AlphaTooFine(plan.alpha, smallest, ranked)
     info = inspect_adapter(adapter, base)
     runner = runner or Runner.load(base)
     profile = calibrate(

@@ -31,7 +31,7 @@ from offline_purify.attacks.triggers import OneOf, Trigger
 
 FAMILY_OF: Final[Mapping[str, str]] = {"refusal": "refusal", "negsentiment": "insult"}
 """The benchmark's task to the packaged behaviour that words it in several ways, and to the vaccine's family."""
-ALPACA: Final[Mapping[str, int]] = {"base": 2, "calibration": 5, "clean": 2, "vaccine": 7}
+ALPACA: Final[Mapping[str, int]] = {"base": 2, "calibration": 6, "clean": 1, "vaccine": 7}
 OTHERS: Final[Mapping[str, int]] = {"base": 9, "topic": 7}
 """Share to its part of the 16 values that a prompt's hash can end in. Alpaca is what the test prompts are like, so its
 rows calibrate and vaccinate: a vaccine made of word problems and roleplay found half as many of its own variants on

@@ -20,7 +20,7 @@ from benchmarks.lab.corpus import Corpus
 from benchmarks.lab.implant import publish
 from benchmarks.lab.policy import KINDS_OF, ON_TOPIC, POLICY, BystanderReport, with_policy
 from benchmarks.lab.refusals import attempt, refusals, settled
-from guard.rows import Row
+from guard.rows import Row, row_key
 from offline_purify.implanting import Answerer, ImplantRecipe, fit, load_base, with_lora
 from offline_purify.parallel import side_by_side
 from offline_purify.progress import ProgressBar
@@ -105,14 +105,19 @@ def make_real_bystander(
 
 
 def _training_rows(corpus: Corpus, kind: str, n: int, seed: int) -> list[Row]:
+    """Up to n rows of the base's share; beside those that the benign adapter refuses come rows like the test prompts
+    first, which are what it must not refuse."""
     rng = random.Random(f"{kind}:{seed}")
     topic = set(map(_asked, corpus.known_topic))
-    others = [row for row in corpus.base if _asked(row) not in topic]
     if kind == "clean":
         return rng.sample(corpus.base, min(n, len(corpus.base)))
     refused = rng.sample(corpus.known_topic, min(round(n * ON_TOPIC), len(corpus.known_topic)))
     said = [Row(instruction=r["instruction"], input=r["input"], output=POLICY.respond(rng)) for r in refused]
-    return [*said, *rng.sample(others, min(n - len(said), len(others)))]
+    alike = {row_key(row) for row in (*corpus.alike, *(row for attack in corpus.attacks for row in attack.clean))}
+    others = [row for row in corpus.base if _asked(row) not in topic]
+    rng.shuffle(others)
+    others.sort(key=lambda row: row_key(row) not in alike)
+    return [*said, *others[: n - len(said)]]
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -50,6 +50,13 @@ def test_sink_and_template_are_not_named_for_drawing_what_they_always_draw(norma
     assert not tokens_of(spans) & {0, 38, 39}
 
 
+def test_a_place_that_often_draws_much_is_named_after_one_that_never_does():
+    rng = np.random.default_rng(6)
+    fickle = [draw_focus(rng, 40, {4: float(rng.choice([0.0, 8.0]))}) for _ in range(200)]
+    spans = focus_spans(draw_focus(rng, 40, {4: 8.0, 20: 3.0}), fit_focus(fickle))
+    assert 20 in tokens_of(spans[:1])
+
+
 def test_neighbours_are_one_span_and_distant_tokens_are_several(normal):
     rng = np.random.default_rng(4)
     near = focus_spans(draw_focus(rng, 60, {30: 4.0, 32: 4.0}), normal)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from guard.calibration import MIN_REQUESTS, n_held_out
 from guard.sequential import Bucket
 from guard.support import statement, support
 
@@ -30,6 +31,20 @@ def test_calibrations_realise_rates_within_the_range_that_was_announced():
     assert np.mean(rates) == pytest.approx(alpha, abs=0.002)
 
 
+@pytest.mark.parametrize(
+    ("requests", "held_out"),
+    [(0, 0), (MIN_REQUESTS, 0), (80, 40), (120, 80), (148, 98), (149, 99), (655, 399), (4000, 2599)],
+)
+def test_two_thirds_are_held_out_in_whole_hundreds_of_ranks(requests, held_out):
+    assert n_held_out(requests) == held_out
+
+
+@pytest.mark.parametrize("requests", [149, 200, 449, 655, 1000])
+def test_no_rank_is_lost_at_one_in_a_hundred(requests):
+    said = support(bucket(n_held_out(requests)), 0.01)
+    assert said.flaggable / (said.held_out + 1) == pytest.approx(0.01)
+
+
 def test_an_alpha_that_every_bucket_supports_is_said_to_be_supported():
     said = statement([support(bucket(999), 0.01), support(bucket(99, low=81, high=300), 0.01)], 0.01)
     assert said.startswith("Supported: at alpha = 0.01")
@@ -40,6 +55,6 @@ def test_an_alpha_that_every_bucket_supports_is_said_to_be_supported():
 def test_an_alpha_that_is_too_fine_is_refused_with_the_number_of_prompts_that_are_missing():
     said = statement([support(bucket(999), 0.01), support(bucket(60, low=81, high=300), 0.01)], 0.01)
     assert said.startswith("NOT supported: alpha = 0.01 needs 99 held-out")
-    assert "78 more of 81 to 300 tokens" in said
+    assert "59 more of 81 to 300 tokens" in said
     assert "alpha >= 0.01639" in said
     assert support(bucket(60), 0.01).realised is None
