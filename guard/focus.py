@@ -32,8 +32,9 @@ def shares(focus: np.ndarray) -> np.ndarray:
 
 
 def fit_focus(focus: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean and deviation of clean shares at each edge place: start [2, EDGE_TOKENS] from the front, end [2, EDGE_TOKENS]
-    from the back; and middle [1], the deviation of the others as a part of what is expected there."""
+    """Mean and deviation of clean shares at each edge place: start [2, EDGE_TOKENS] from the front, end [2,
+    EDGE_TOKENS] from the back; and middle [1], the deviation of the others from what is expected there, as a part of an
+    even share."""
     all_shares = [shares(np.asarray(vector, dtype=np.float64)) for vector in focus]
     start, end = (
         np.stack([_padded(share[::direction][: _edge(share)]) for share in all_shares]) for direction in (1, -1)

@@ -142,7 +142,7 @@ def test_what_cannot_be_scored_is_unscored_with_its_reason(profile):
 def test_alpha_below_the_calibrations_reach_is_an_error_that_says_what_is_possible(profile):
     with pytest.raises(AlphaTooFine, match="Calibrate with more"):
         Detector(profile, "all", 0.001)
-    assert profile.smallest_alpha() == pytest.approx(1 / 201)
+    assert profile.smallest_alpha() == pytest.approx(1 / 200)
 
 
 def test_saved_and_loaded_profile_gives_the_same_verdicts(clean, key, profile):
