@@ -20,9 +20,9 @@ _GAP_TOKENS = 1  # tokens this close belong to one span
 # A span begins this much before the first token that draws attention. On the tiny lab's prefix backdoor (a phrase of
 # two tokens) the top three spans held the whole phrase in 0.00 of 300 prompts without it and in 1.00 with it.
 _REACH_TOKENS = 1
-# Added to every deviation, as a part of an even share of the focus: a place that hardly varies in clean prompts counts
-# for no more than others because of it.
-_LEAST_SPREAD = 0.25
+# Added to every deviation, in even shares of the focus: a place that hardly varies in clean prompts counts for no more
+# than others because of it.
+_LEAST_SPREAD = 1.0
 
 
 def shares(focus: np.ndarray) -> np.ndarray:
