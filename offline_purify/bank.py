@@ -41,7 +41,7 @@ class _Target:
     module: nn.Module
     group: str
     place: int  # in the group's A
-    b: nn.Parameter  # [K, out, R]
+    b: nn.Parameter  # [K, R, out]: so that its gradient, and that of what it meets, are products of long rows
 
 
 class LoraBank:
@@ -66,7 +66,7 @@ class LoraBank:
             a = (2 * torch.rand(rank, wide, generator=generator) - 1) * bound
             group = _group(name)
             own = drawn.setdefault(group, [])
-            b = nn.Parameter(torch.zeros(count, high, rank, device=weight.device))
+            b = nn.Parameter(torch.zeros(count, rank, high, device=weight.device))
             self.targets[name] = _Target(module, group, len(own), b)
             own.append(a.to(weight.device))
         self._a = {group: nn.Parameter(torch.cat(own).expand(count, -1, -1).clone()) for group, own in drawn.items()}
@@ -78,8 +78,8 @@ class LoraBank:
     def factors(self, name: str, k: int) -> tuple[Tensor, Tensor]:
         """lora_B [out, R] and lora_A [R, in] of adapter k at one layer."""
         target = self.targets[name]
-        rank = target.b.shape[-1]
-        return target.b[k].detach(), self._a[target.group][k, rank * target.place :][:rank].detach()
+        rank = target.b.shape[1]
+        return target.b[k].mT.detach(), self._a[target.group][k, rank * target.place :][:rank].detach()
 
     @contextmanager
     def open(self, only: int | None = None) -> Iterator[nn.Module]:
@@ -92,9 +92,9 @@ class LoraBank:
                 b, group = target.b[chosen], target.group
                 if group not in met or met[group][0] is not inputs[0]:
                     x = inputs[0].reshape(len(b), -1, inputs[0].shape[-1])
-                    met[group] = inputs[0], (x @ self._a[group][chosen].mT).split(b.shape[-1], -1)
+                    met[group] = inputs[0], (x @ self._a[group][chosen].mT).split(b.shape[1], -1)
                 told = output.reshape(len(b), -1, output.shape[-1])
-                return torch.baddbmm(told, met[group][1][target.place], b.mT, alpha=self.scaling).view_as(output)
+                return torch.baddbmm(told, met[group][1][target.place], b, alpha=self.scaling).view_as(output)
 
             return hook
 
