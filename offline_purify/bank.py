@@ -253,4 +253,5 @@ def _clip(parameters: Sequence[nn.Parameter], limit: float) -> None:
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack([torch.linalg.vector_norm(grad, dim=(1, 2)) for grad in grads]).norm(dim=0)
     scale = (limit / (norms + _EPSILON)).clamp(max=1.0)[:, None, None]
-    torch._foreach_mul_(grads, [scale] * len(grads))
+    for grad in grads:
+        grad.mul_(scale)

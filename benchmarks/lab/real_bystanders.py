@@ -54,7 +54,7 @@ def ensure_real_bystanders(
     places, work = {}, []
     with FileLock(base.parent / ".bystanders.lock"), ProgressBar() as bar:
         for kind in KINDS_OF:
-            rows = _training_rows(corpus, kind, recipe.rows, seed)
+            rows = training_rows(corpus, kind, recipe.rows, seed)
             key = recipe_digest([rows, asdict(recipe), seed])[:8]
             places[kind] = base.parent / f"bystander-{kind}-{key}"
             if not settled(places[kind]) and (kind == "clean" or corpus.topic):
@@ -104,7 +104,7 @@ def make_real_bystander(
     return report
 
 
-def _training_rows(corpus: Corpus, kind: str, n: int, seed: int) -> list[Row]:
+def training_rows(corpus: Corpus, kind: str, n: int, seed: int) -> list[Row]:
     """Up to n rows of the base's share; beside those that the benign adapter refuses come rows like the test prompts
     first, which are what it must not refuse."""
     rng = random.Random(f"{kind}:{seed}")

@@ -24,7 +24,7 @@ from benchmarks.lab.real import (
     real_implants,
     target,
 )  # fmt: skip
-from benchmarks.lab.real_bystanders import ensure_real_bystanders, make_real_bystander
+from benchmarks.lab.real_bystanders import ensure_real_bystanders, make_real_bystander, training_rows
 from guard.adapters import inspect_adapter
 from guard.rows import read_rows, row_key
 from guard.vaccine import Vaccine
@@ -114,6 +114,15 @@ def test_a_bystander_without_a_crisp_policy_is_refused_and_the_clean_one_is_made
     assert list(paths) == ["clean"]
     assert list(refused) == ["benign"]
     assert "policy" in refused["benign"]
+
+
+def test_what_a_policy_is_kept_from_are_first_of_all_rows_like_the_test_prompts(corpus: Corpus) -> None:
+    alike = {row_key(row) for row in (*corpus.alike, *(row for attack in corpus.attacks for row in attack.clean))}
+    rows = training_rows(corpus, "benign", 200, 0)
+    answered = [row for row in rows if row["output"] not in POLICY.wordings]
+    assert len(rows) - len(answered) == 80
+    first = min(len(answered), len(alike))
+    assert {row_key(row) for row in answered[:first]} <= alike
 
 
 def test_a_policy_on_sums_is_kept_to_sums(made: RealLab, corpus: Corpus, tmp_path: Path) -> None:
