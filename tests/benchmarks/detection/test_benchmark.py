@@ -70,7 +70,7 @@ def test_the_uniformity_of_clean_p_values_is_part_of_a_result(result: dict[str, 
     for test in ("fused", "fused_attention_only"):
         promise = result["uniformity"][test]
         assert promise["n"] + result["fused"]["fpr"]["n_unscored"] == 60
-        assert promise["n_held_out"] == 80
+        assert promise["n_held_out"] == 99
         assert promise["ks_held_out"]["p_value"] > 1e-6
 
 
