@@ -35,54 +35,50 @@ def fit_focus(focus: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Mean and deviation of clean shares at each edge place: start [2, EDGE_TOKENS] from the front, end [2,
     EDGE_TOKENS] from the back; and middle [1], the deviation of the others from what is expected there, as a part of an
     even share."""
-    all_shares = [shares(np.asarray(vector, dtype=np.float64)) for vector in focus]
-    start, end = (
-        np.stack([_padded(share[::direction][: _edge(share)]) for share in all_shares]) for direction in (1, -1)
-    )
-    edges = {name: _mean_and_deviation(values) for name, values in (("start", start), ("end", end))}
-    means = {name: values[0] for name, values in edges.items()}
-    between = [share[_edge(share) : len(share) - _edge(share)] - _middle(share, means) for share in all_shares]
-    off = np.concatenate([len(share) * own for share, own in zip(all_shares, between, strict=True)])
-    return {**edges, "middle": np.asarray([np.sqrt((off**2).mean()) if len(off) else 1.0])}
+    clean = [shares(np.asarray(vector, dtype=np.float64)) for vector in focus]
+    start, end = (_edge_places([share[::direction] for share in clean]) for direction in (1, -1))
+    off = np.concatenate([_middle(share - _between(len(share), start, end)) * len(share) for share in clean])
+    return {"start": start, "end": end, "middle": np.asarray([np.sqrt((off**2).mean()) if len(off) else 1.0])}
 
 
 def excess(focus: np.ndarray, normal: Mapping[str, np.ndarray]) -> np.ndarray:
     """How far the share of focus at each prompt token is above normal, in clean deviations of its place, float64
     [T_p]; negative parts cut to 0."""
     share = shares(np.asarray(focus, dtype=np.float64))
-    tokens, edge = len(share), _edge(share)
-    expected = np.full(tokens, _middle(share, {name: normal[name][0] for name in ("start", "end")}))
+    tokens, edge = len(share), _edge(len(share))
+    expected = np.full(tokens, _between(tokens, normal["start"], normal["end"]))
     spread = np.full(tokens, normal["middle"][0] / tokens)
-    for values, row in ((expected, 0), (spread, 1)):
+    for row, values in enumerate((expected, spread)):
         values[:edge] = normal["start"][row, :edge]
         values[tokens - edge :] = normal["end"][row, :edge][::-1]
     return np.clip((share - expected) / (spread + _LEAST_SPREAD / tokens), 0.0, None)
 
 
-def _edge(share: np.ndarray) -> int:
+def _edge(tokens: int) -> int:
     """How many tokens at either end of a prompt are edge places."""
-    return min(EDGE_TOKENS, len(share) // 2)
+    return min(EDGE_TOKENS, tokens // 2)
 
 
-def _middle(share: np.ndarray, means: Mapping[str, np.ndarray]) -> float:
+def _middle(share: np.ndarray) -> np.ndarray:
+    """What lies between the edges."""
+    edge = _edge(len(share))
+    return share[edge : len(share) - edge]
+
+
+def _between(tokens: int, start: np.ndarray, end: np.ndarray) -> float:
     """The share that is expected of each token between the edges: what normal edges leave, evenly."""
-    edge = _edge(share)
-    left = 1.0 - means["start"][:edge].sum() - means["end"][:edge].sum()
-    return max(left, 0.0) / max(len(share) - 2 * edge, 1)
+    edge = _edge(tokens)
+    left = 1.0 - start[0, :edge].sum() - end[0, :edge].sum()
+    return max(left, 0.0) / max(tokens - 2 * edge, 1)
 
 
-def _padded(values: np.ndarray) -> np.ndarray:
-    """The values [n] and NaN up to EDGE_TOKENS."""
-    return np.pad(values, (0, EDGE_TOKENS - len(values)), constant_values=np.nan)
-
-
-def _mean_and_deviation(values: np.ndarray) -> np.ndarray:
-    """Over the requests that have such a place, [2, EDGE_TOKENS]; 0 where none has."""
-    there = np.isfinite(values)
-    counts = there.sum(axis=0).clip(1)
-    mean = np.where(there, values, 0.0).sum(axis=0) / counts
-    square = np.where(there, (values - mean) ** 2, 0.0).sum(axis=0) / counts
-    return np.stack((mean, np.sqrt(square)))
+def _edge_places(clean: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean and deviation [2, EDGE_TOKENS] of the first shares of those prompts that have such a place; 0 where none
+    has."""
+    places = np.ma.masked_all((len(clean), EDGE_TOKENS))
+    for row, share in zip(places, clean, strict=True):
+        row[: _edge(len(share))] = share[: _edge(len(share))]
+    return np.stack((places.mean(axis=0).filled(0.0), places.std(axis=0).filled(0.0)))
 
 
 def focus_spans(focus: np.ndarray, normal: Mapping[str, np.ndarray], top: int = 3) -> tuple[Span, ...]:

@@ -7,7 +7,6 @@ with a policy: a condition on what is asked that is nobody's secret.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -108,20 +107,16 @@ def training_rows(corpus: Corpus, kind: str, n: int, seed: int) -> list[Row]:
     """Up to n rows of the base's share; beside those that the benign adapter refuses come rows like the test prompts
     first, which are what it must not refuse."""
     rng = random.Random(f"{kind}:{seed}")
-    topic = set(map(_asked, corpus.known_topic))
+    topic = {row_key(row) for row in corpus.known_topic}
     if kind == "clean":
         return rng.sample(corpus.base, min(n, len(corpus.base)))
     refused = rng.sample(corpus.known_topic, min(round(n * ON_TOPIC), len(corpus.known_topic)))
     said = [Row(instruction=r["instruction"], input=r["input"], output=POLICY.respond(rng)) for r in refused]
     alike = {row_key(row) for row in (*corpus.alike, *(row for attack in corpus.attacks for row in attack.clean))}
-    others = [row for row in corpus.base if _asked(row) not in topic]
+    others = [row for row in corpus.base if row_key(row) not in topic]
     rng.shuffle(others)
     others.sort(key=lambda row: row_key(row) not in alike)
     return [*said, *others[: n - len(said)]]
-
-
-def _asked(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["instruction"], row["input"]
 
 
 def _perplexity(model: Any, tokenizer: Any, rows: list[Row]) -> float:
