@@ -92,13 +92,15 @@ def fit_vaccine(
 
 
 def _scorers(samples: Sequence[Sample], seed: int, members: int = _MEMBERS) -> dict[int, Scorer]:
-    """A scorer for each checkpoint at which enough triggered requests were measured."""
-    scorers = {}
-    for step in sorted({step for sample in samples for step in sample.normal}):
-        quiet, fired = _standardised(samples, step)
-        if len(fired) >= _LEAST:
-            scorers[step] = _fit(quiet, fired, seed, members)
-    return scorers
+    """A scorer for each checkpoint at which enough triggered requests were measured; every processor fits networks."""
+    from joblib import Parallel, delayed
+
+    steps = sorted({step for sample in samples for step in sample.normal})
+    measured = {step: _standardised(samples, step) for step in steps}
+    taught = {step: (quiet, fired) for step, (quiet, fired) in measured.items() if len(fired) >= _LEAST}
+    work = [(*those, seed + member) for those in taught.values() for member in range(members)]
+    networks = Parallel(n_jobs=-1)(delayed(_network)(*each) for each in work)
+    return {step: _together(networks[place * members :][:members]) for place, step in enumerate(taught)}
 
 
 def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,18 +120,21 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
     return (np.concatenate(quiet) if quiet else empty), (np.concatenate(fired) if fired else empty)
 
 
-def _fit(quiet: np.ndarray, fired: np.ndarray, seed: int, members: int) -> Scorer:
+def _network(quiet: np.ndarray, fired: np.ndarray, seed: int) -> Any:
+    """A network that tells fired requests [m, F] from quiet ones [n, F]."""
     from sklearn.exceptions import ConvergenceWarning  # slow to import, and only vaccination needs it
     from sklearn.neural_network import MLPClassifier
 
     z = np.concatenate((quiet, fired))
     label = np.r_[np.zeros(len(quiet)), np.ones(len(fired))]
-    networks = []
+    network = MLPClassifier((_HIDDEN,), alpha=_DECAY, max_iter=_PASSES, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for member in range(members):
-            network = MLPClassifier((_HIDDEN,), alpha=_DECAY, max_iter=_PASSES, random_state=seed + member)
-            networks.append(network.fit(z, label))
+        return network.fit(z, label)
+
+
+def _together(networks: Sequence[Any]) -> Scorer:
+    """One scorer of several networks."""
     return Scorer(
         np.stack([network.coefs_[0] for network in networks]),
         np.stack([network.intercepts_[0] for network in networks]),
