@@ -9,11 +9,10 @@ Which signals the test uses (`fused`) was chosen by measurement (docs/detection.
 
 A statistic over generated rows mostly sees the words of the answer: the same text forced on clean prompts was flagged
 as often as under the trigger (reference/lab-findings.md, 3b), and so are the mean certainty and the pattern of later
-tokens. Therefore `shift`, `focus` and `confidence` are signals of the `opening`, the row of the last prompt position:
-what the model goes on to say cannot change them, and they keep their value at later checkpoints. `vaccinated` reads
-generated rows, and is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`). `certainty`
-reads the least certain token, the first included: a text that follows on a prompt which did not call for it was begun
-in doubt.
+tokens. Therefore `shift` and `confidence` are signals of the `opening`, the row of the last prompt position: what the
+model goes on to say cannot change them, and they keep their value at later checkpoints. `vaccinated` reads generated
+rows, and is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`). `certainty` reads the
+least certain token, the first included: a text that follows on a prompt which did not call for it was begun in doubt.
 """
 
 from __future__ import annotations
@@ -83,11 +82,11 @@ def _vaccinated(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndar
 
 
 def _fit_focus(readings: Readings, _: Vaccine | None) -> Fitted:
-    return fit_focus(readings.opening.focus)
+    return fit_focus(readings.focus)
 
 
 def _focus(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
-    return np.asarray([excess(vector, fitted).max(initial=0.0) for vector in readings.opening.focus])
+    return np.asarray([excess(vector, fitted).max(initial=0.0) for vector in readings.focus])
 
 
 def _confidence(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -151,15 +150,12 @@ SIGNALS: dict[str, Signal] = {
         ),
         Signal(
             "focus",
-            "largest share of attention beyond normal on one prompt token, before there is an answer: many heads look "
-            "at the trigger at once; counts where a vaccine's variants say so",
+            "largest share of attention beyond normal on one prompt token: many heads look at the trigger at once",
             attention=True,
-            fused=True,
+            fused=False,
             tail="upper",
             fit=_fit_focus,
             score=_focus,
-            opening=True,
-            weight=0.0,
         ),
         Signal(
             "confidence",

@@ -9,7 +9,7 @@ from benchmarks.detection import paper as published
 from benchmarks.detection.sentences import failures
 
 Result = dict[str, Any]
-SHOWN = ("fused", "fused_attention_only", "confidence", "certainty", "p99", "frac99", "shift", "focus", "vaccinated")
+SHOWN = ("fused", "fused_attention_only", "confidence", "certainty", "p99", "frac99", "shift", "vaccinated", "focus")
 
 
 def powers(result: Result) -> dict[str, Any]:
@@ -45,9 +45,9 @@ def settings(results: Sequence[Result]) -> str:
         "Wilson intervals, AUROC a bootstrap one. An unscored request counts as not flagged.\n\n"
         "`fused` is the test that a server runs. `fused_attention_only` is the same without `confidence` and "
         "`certainty`, the log-probabilities of the first token and of the least certain one so far, no attention in "
-        "them: attention is worth what it adds to those. `p99` and `frac99` are shown as baselines and not part of the "
-        "test: over generated rows they know the answer. `shift`, `focus` and `confidence` look at the prompt alone. "
-        "How much each signal counts was chosen by the vaccine's own variants."
+        "them: attention is worth what it adds to those. `p99`, `frac99` and `focus` are shown as baselines and not "
+        "part of the test: over generated rows they know the answer. `shift` and `confidence` look at the last prompt "
+        "position alone. How much each signal counts was chosen by the vaccine's own variants."
     )
 
 

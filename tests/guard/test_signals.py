@@ -1,7 +1,5 @@
 """What single signals read, and how they come together."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -46,19 +44,3 @@ def test_the_foremost_signal_is_the_one_that_adds_most_to_the_sum():
     assert foremost(odd, names, {}) == VACCINATED
     assert foremost(odd, names, {"shift": 2.0, VACCINATED: 1.0}) == "shift"
     assert foremost(odd, names, {"certainty": 1.0}) == "certainty"
-
-
-def test_focus_reads_the_prompt_alone_and_counts_where_a_vaccine_says_so():
-    focus = SIGNALS["focus"]
-    opening = readings([-0.1], [-0.1])
-    fitted = focus.fit(opening, None)
-    # The answer drew every eye to one token: that is the answer's doing.
-    later = replace(readings([-0.1, -0.1], [-0.1, -0.1]), first=opening)
-    pulled = np.ones(TOKENS, dtype=np.float32)
-    pulled[7] = 10.0
-    later.focus[0] = pulled
-    np.testing.assert_array_equal(focus.score(later, fitted), focus.score(opening, fitted))
-    opening.focus[1] = pulled
-    plain, odd = focus.score(opening, fitted)
-    assert odd > plain
-    assert (focus.fused, focus.opening, focus.weight) == (True, True, 0.0)

@@ -92,7 +92,7 @@ def test_a_profile_carries_the_vaccinated_signal_only_where_the_vaccine_speaks(v
     assert [("vaccinated" in point.fitted) for point in profile.checkpoints] == [
         point.step == 0 for point in profile.checkpoints
     ]
-    assert set(profile.fused) == {"shift", "vaccinated", "focus", "confidence", "certainty"}
+    assert set(profile.fused) == {"shift", "vaccinated", "confidence", "certainty"}
     fresh = draw_measurement(np.random.default_rng(5), 300)
     detector = Detector(profile, "all", 0.05)
     p_values = detector.p_values(fresh)

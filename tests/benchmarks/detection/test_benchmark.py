@@ -34,7 +34,7 @@ def test_a_result_holds_every_test_with_intervals(result: dict[str, Any]) -> Non
             assert power[name]["n"] == n
         assert power["before_first_token"] is None or 0.0 <= power["before_first_token"]["value"] <= 1.0
         assert power["median_step"] is None or 0 <= power["median_step"] <= 2
-    fused = ("shift", "vaccinated", "focus", "confidence", "certainty")
+    fused = ("shift", "vaccinated", "confidence", "certainty")
     assert set(result["ablation"]) == {f"without {name}" for name in fused}
 
 
