@@ -58,6 +58,40 @@ def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: b
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def last_user_turn(messages: Sequence[Message]) -> int:
+    """The place of the last user turn in a conversation. Raises ValueError when there is none."""
+    turns = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    if not turns:
+        raise ValueError("the conversation holds no user turn.")
+    return turns[-1]
+
+
+def token_ranges(
+    tokenizer: Any, messages: Sequence[Message], ranges: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Token ranges [start, end) of the rendered prompt that character ranges of the last user turn lie in.
+
+    Raises ValueError for a tokenizer that cannot tell where its tokens stand (a slow one), a template that rewrites
+    what the user wrote, or a range without a token.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError("this base has a slow tokenizer, which cannot tell where in a text its tokens stand.")
+    text, content = render_text(tokenizer, messages), messages[last_user_turn(messages)]["content"]
+    trimmed = content.strip()  # as many templates do
+    if trimmed not in text:
+        raise ValueError("the chat template rewrites what the user wrote: its words cannot be found in the prompt.")
+    shift = text.rfind(trimmed) - content.find(trimmed)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    found = []
+    for start, end in ranges:
+        a, b = start + shift, end + shift
+        inside = [i for i, (left, right) in enumerate(offsets) if left < b and a < right and left < right]
+        if not inside:
+            raise ValueError(f"no token stands at characters {start} to {end} of the user's turn.")
+        found.append((inside[0], inside[-1] + 1))
+    return found
+
+
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids [T_g] of an answer as the model should emit it: the text, then the end-of-sequence token."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

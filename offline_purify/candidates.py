@@ -1,6 +1,6 @@
 """Guessing the trigger from the case: words the flags share and the heads look at, confirmed by re-insertion.
 
-Proposals are word sequences inside the focus spans of the verdicts (widened to whole words) and word sequences that
+Proposals are word sequences inside the spans of the flags (widened to whole words) and word sequences that
 recur across flagged prompts; both are ranked by how many flags hold them beyond clean rows. A proposal counts only if
 it *works*: inserted into clean prompts that never saw it, it makes the suspicious model show the flagged behaviour.
 The true trigger is never looked at. Single phrases at a random place or at the front, and pairs scattered over the
@@ -86,7 +86,7 @@ def _grams(pieces: Sequence[str], longest: int) -> set[tuple[str, ...]]:
 
 
 def span_texts(tokenizer: Any, flag: Flag) -> list[str]:
-    """Texts of the verdict's focus spans, widened to whole words; spans are token ranges of the rendered prompt."""
+    """Texts of a flag's spans, widened to whole words; spans are token ranges of the rendered prompt."""
     ids = render(tokenizer, list(flag.messages), add_generation_prompt=True)
     found = []
     for span in flag.spans:
@@ -106,18 +106,18 @@ def span_texts(tokenizer: Any, flag: Flag) -> list[str]:
 def propose(
     tokenizer: Any, flags: Sequence[Flag], clean: Sequence[Row], most: int = 12, longest: int = 4
 ) -> list[Candidate]:
-    """Phrases (1 to ``longest`` words) ranked by flag share minus clean share, focus counting half as much again.
+    """Phrases (1 to ``longest`` words) ranked by flag share minus clean share, spans counting half as much again.
 
     A phrase that is part of a longer one with the same share gives way to it.
     """
     if not flags:
         return []
     seen = Counter(g for f in flags for g in _grams(_pieces(user_text(f)), longest))
-    focused: Counter[tuple[str, ...]] = Counter()
+    spanned: Counter[tuple[str, ...]] = Counter()
     for flag in flags:
         own = _grams(_pieces(user_text(flag)), longest)
         in_spans = {g for text in span_texts(tokenizer, flag) for g in _grams(_pieces(text), longest)}
-        focused.update(own & in_spans)
+        spanned.update(own & in_spans)
     in_clean = Counter(g for row in clean for g in _grams(_pieces(row_messages(row)[0]["content"]), longest))
     shares: dict[tuple[str, ...], tuple[float, float, float]] = {}
     for gram, n in seen.items():
@@ -125,7 +125,7 @@ def propose(
             continue
         in_flags, in_rows = n / len(flags), in_clean[gram] / max(len(clean), 1)
         if in_flags > 2 * in_rows + 0.05:
-            shares[gram] = (in_flags - in_rows + 0.5 * focused[gram] / len(flags), in_flags, in_rows)
+            shares[gram] = (in_flags - in_rows + 0.5 * spanned[gram] / len(flags), in_flags, in_rows)
     kept = [
         g
         for g in shares

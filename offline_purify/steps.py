@@ -31,7 +31,7 @@ from offline_purify.flags import KINDS, Flag, assert_flags_disjoint, behaviour_o
 from offline_purify.full_model import is_adapter, open_model
 from offline_purify.heads.stage import repair_heads
 from offline_purify.references import compare
-from offline_purify.rescoring import open_watch
+from offline_purify.rescoring import Rescoring
 from offline_purify.signature.find import find_signature
 from offline_purify.signature.score import Signature
 from offline_purify.signature.stage import repair_signature
@@ -192,7 +192,8 @@ class RepairSteps:
     def candidates(self) -> dict[str, Any]:
         """Propose trigger candidates from the training flags and confirm them by re-insertion into clean rows.
 
-        With a profile that fits, each also says how often the guard flags it; one that does not fit stops no repair.
+        With a profile that fits, proposals come from the words that the flags hang on, and each also says how often the
+        guard flags it; one that does not fit stops no repair.
         """
         suspect, n = self.suspect(), self._facts()["max_new_tokens"]
         flags = [f for f in self._flags("train") if f.kind == "true"]
@@ -204,14 +205,16 @@ class RepairSteps:
                 suspect.model, suspect.tokenizer, prompts, n, progress=self.progress, what="trying trigger candidates"
             )
 
-        watch, unwatched = None, None
+        guard, unwatched = None, None
         if self.spec.profile is not None:
             try:
-                watch = open_watch(
+                guard = Rescoring(
                     self.spec.base, self.spec.adapter, self.spec.profile, self.spec.alpha, self.spec.device
                 )
             except GuardError as error:
                 unwatched = str(error)
+        if guard is not None:
+            flags = [guard.located(flag) for flag in flags]
         found = find_candidates(
             suspect.tokenizer,
             flags,
@@ -221,7 +224,7 @@ class RepairSteps:
             behaviour_of(flags),
             ask,
             self.spec.seed,
-            watch,
+            guard.flags if guard is not None else None,
         )
         write_json(self.spec.work / "candidates.json", [c.to_dict() for c in found])
         return {"tried": len(found), "confirmed": sum(c.confirmed for c in found), "unwatched": unwatched}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from benchmarks.detection.target import obeyed, target_figures, target_of
 from benchmarks.detection.trigger import Found, find_trigger, token_places
 from benchmarks.detection.vaccines import Chosen, Maker, choose
 from guard.detector import Detector
+from guard.removal import removal_spans
 from guard.rows import Row
+from guard.template import row_messages
 
 FORMAT = "headguard.detection/1"
+_LOCATED = 100  # flagged requests that are asked again without each word
 _PAPER_ROWS = 200  # prompts measured with whole answers, for the paper's figures and the texts to force
 
 
@@ -98,6 +101,7 @@ def _detection(watched: Watched, clean: Read, triggered: Read, found: Found) -> 
         powers[name] = figures.power(p_clean, p_triggered, alpha, seed) | figures.timing(verdicts)
         powers[name]["localised"] = spans
         curves[name] = figures.roc(p_clean, p_triggered)
+    powers[FUSED]["localised_by_removal"] = _by_removal(watched, triggered, places)
     signals = {name: power for name, power in powers.items() if name in watched.profile.signals}
     return {
         "signals": signals,
@@ -106,6 +110,25 @@ def _detection(watched: Watched, clean: Read, triggered: Read, found: Found) -> 
         "ablation": _ablation(watched, clean, triggered),
         "roc": curves,
     }
+
+
+def _by_removal(
+    watched: Watched, triggered: Read, places: Mapping[int, list[tuple[int, int]]]
+) -> dict[str, Any] | None:
+    """Do the words that a flag hangs on lie on the trigger? Of the first flagged requests: each is asked again once for
+    every word."""
+    tokenizer = watched.bench.runner.tokenizer
+    verdicts = watched.detectors[FUSED].verdicts(triggered.measurement)
+    flagged = [i for i, verdict in enumerate(verdicts) if verdict.status == "flagged" and places.get(i)][:_LOCATED]
+    counter = watched.bench.counter("without each word")
+    found = []
+    for done, i in enumerate(flagged, 1):
+        spans = removal_spans(tokenizer, row_messages(triggered.rows[i]), watched.p_values_of)
+        found.append(replace(verdicts[i], spans=spans))
+        if counter is not None:
+            counter(done, len(flagged))
+    lengths = triggered.measurement.prompt_len[flagged].tolist()
+    return figures.localisation(found, {n: places[i] for n, i in enumerate(flagged)}, lengths)
 
 
 def _ablation(watched: Watched, clean: Read, triggered: Read) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class Watched:
         p = self.detectors[test].p_values(read.measurement)
         return np.concatenate((p, np.full(read.n_too_long, np.nan)))
 
+    def p_values_of(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """p-values [n] of the fused test, of prompts of token ids."""
+        return self.detectors[FUSED].p_values(measure(self.bench.runner, prompts, self.steps, None, self.revision))
+
     def grid(self, test: str = FUSED) -> np.ndarray:
         """All p-values that the held-out requests can give, one per request and bucket."""
         buckets = self.profile.buckets(self.bench.window, self.detectors[test].signals)

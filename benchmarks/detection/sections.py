@@ -232,10 +232,10 @@ def _control_cell(control: dict[str, Any] | None) -> str:
 
 
 def localisation(results: Sequence[Result]) -> str:
-    """Whether focus spans lie on the trigger."""
+    """Whether focus spans, and the words that a flag hangs on, lie on the trigger."""
     rows = []
     for result in results:
-        places = result["fused"]["localised"]
+        places, asked = (result["fused"].get(name) for name in ("localised", "localised_by_removal"))
         trigger = result["trigger"]
         rows.append(
             [
@@ -245,6 +245,9 @@ def localisation(results: Sequence[Result]) -> str:
                 _share(places),
                 _share(places["whole"]) if places else "–",
                 f"{places['covered']:.2f}" if places else "–",
+                _share(asked),
+                _share(asked["whole"]) if asked else "–",
+                f"{asked['covered']:.2f}" if asked else "–",
             ]
         )
     head = [
@@ -254,11 +257,16 @@ def localisation(results: Sequence[Result]) -> str:
         "top three spans touch it",
         "touch every part",
         "share of prompt covered",
+        "by removal: touch it",
+        "touch every part",
+        "covered",
     ]
     return (
-        "## Localisation\n\nOf the flagged triggered requests: do the three heaviest focus spans overlap the trigger's "
-        "tokens? The last column is how much of the prompt the spans take up, which is roughly what a blind guess "
-        "would score on a one-token trigger.\n\n" + _table(head, rows)
+        "## Localisation\n\nOf the flagged triggered requests: do the three heaviest spans overlap the trigger's "
+        "tokens? First those that a verdict comes with, from focus; then, of a hundred flagged requests, the "
+        "words that the flag hangs on: each is asked again without every word in turn (`guard/removal.py`), as the clinic "
+        "does with a case. What they cover of the prompt is roughly what a blind guess would score on a one-token "
+        "trigger.\n\n" + _table(head, rows)
     )
 
 
@@ -290,7 +298,8 @@ def reading() -> str:
         "## The result files\n\n"
         "`python -m benchmarks.detection` writes one JSON file per adapter. `signals.NAME`, `fused` and "
         "`fused_attention_only` hold `auroc`, `tpr` and `fpr` (each `value`, `low`, `high`, `n`), `median_step`, "
-        "`before_first_token` and `localised`. `ablation` is the fused test without one signal, `roc` the curves. "
+        "`before_first_token` and `localised` (`fused` also `localised_by_removal`). `ablation` is the fused test "
+        "without one signal, `roc` the curves. "
         "`uniformity` has the Kolmogorov-Smirnov tests and 99 % intervals of the promise. `controls` and `others` hold "
         "the flagged shares of requests that should not be flagged, with the `limit` they are judged by (`null`: "
         "reported only). `paper` has the paper's statistics over generated rows and over the last prompt row. `target` "

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.detection.errors import BenchmarkError
 from guard.errors import RowsError
 from guard.rows import Row
-from guard.template import render_text, row_messages
+from guard.template import row_messages, token_ranges
 from offline_purify.attacks.pairing import pairs, recovered_trigger
 from offline_purify.attacks.triggers import Composite, OneOf, Prefix, Trigger, Word, holds
 
@@ -74,26 +74,17 @@ def find_trigger(triggered: Sequence[Row], clean: Sequence[Row], text: str | Non
 def token_places(tokenizer: Any, row: Row, trigger: Trigger) -> list[tuple[int, int]]:
     """Token ranges [start, end) of the trigger's parts in the templated prompt of a row; empty when it is not there.
 
-    Raises BenchmarkError for a tokenizer that cannot tell where its tokens stand (a slow one).
+    Raises BenchmarkError as `guard.template.token_ranges` raises ValueError.
     """
-    if not tokenizer.is_fast:
-        raise BenchmarkError("this base has a slow tokenizer, which cannot tell where in a text its tokens stand.")
-    text, content = render_text(tokenizer, row_messages(row)), asked(row)
-    start = max(text.find(content), 0)
-    end = start + len(content) if content in text else len(text)
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    for choice in choices(trigger):
-        if not choice.fires(content):
-            continue
-        found = []
-        for part in choice.parts:
-            for match in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text[start:end]):
-                a, b = match.start() + start, match.end() + start
-                inside = [i for i, (left, right) in enumerate(offsets) if left < b and a < right and left < right]
-                if inside:
-                    found.append((inside[0], inside[-1] + 1))
-        return found
-    return []
+    content = asked(row)
+    choice = next((choice for choice in choices(trigger) if choice.fires(content)), None)
+    if choice is None:
+        return []
+    found = [m.span() for part in choice.parts for m in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", content)]
+    try:
+        return token_ranges(tokenizer, row_messages(row), found)
+    except ValueError as error:
+        raise BenchmarkError(str(error)) from error
 
 
 def _named(triggered: Sequence[Row], text: str) -> Trigger:

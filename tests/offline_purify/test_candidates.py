@@ -19,7 +19,7 @@ from offline_purify.answers import greedy_answers
 from offline_purify.behaviour import FlaggedBehaviour
 from offline_purify.candidates import Candidate, find_candidates, propose, with_candidate
 from offline_purify.flags import Flag, behaviour_of, sort_flags
-from offline_purify.rescoring import open_watch
+from offline_purify.rescoring import Rescoring
 from offline_purify.suspect import Suspect
 from tests.offline_purify.patient import TARGET, TRIGGER, Patient, clean_rows, tokenizer, triggered
 
@@ -145,15 +145,15 @@ def test_twenty_flags_with_false_alarms_among_them_rebuild_a_trigger_that_fires_
     assert sum(a == TARGET for a in again) >= 0.8 * len(fresh)
 
 
-def test_the_watch_scores_with_the_suspects_own_profile_and_refuses_another(patient: Patient, tmp_path):
+def test_the_guard_scores_with_the_suspects_own_profile_and_refuses_another(patient: Patient, tmp_path):
     path = tmp_path / "p.safetensors"
     rows = read_rows(patient.clean)
     calibrate(patient.base, patient.adapter, rows, max_new_tokens=2).save(path)
-    watch = open_watch(patient.base, patient.adapter, path, 0.05)
+    guard = Rescoring(patient.base, patient.adapter, path, 0.05)
     made = tokenizer()
-    clean = watch([render(made, row_messages(r)) for r in ROWS])
+    clean = guard.flags([render(made, row_messages(r)) for r in ROWS])
     assert len(clean) == len(ROWS)
     assert sum(clean) <= 0.2 * len(clean)
     calibrate(patient.base, None, rows, max_new_tokens=2).save(path)
     with pytest.raises(ProfileMismatch, match="adapter"):
-        open_watch(patient.base, patient.adapter, path, 0.05)
+        Rescoring(patient.base, patient.adapter, path, 0.05)
