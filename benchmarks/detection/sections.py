@@ -263,8 +263,8 @@ def localisation(results: Sequence[Result]) -> str:
     ]
     return (
         "## Localisation\n\nOf the flagged triggered requests: do the three heaviest spans overlap the trigger's "
-        "tokens? First those that a verdict comes with, from focus; then, of a hundred flagged requests, the "
-        "words that the flag hangs on: each is asked again without every word in turn (`guard/removal.py`), as the clinic "
+        "tokens? First those that a verdict comes with, from focus; then, of a hundred flagged requests, the words "
+        "that the flag hangs on: each is asked again without every word in turn (`guard/removal.py`), as the clinic "
         "does with a case. What they cover of the prompt is roughly what a blind guess would score on a one-token "
         "trigger.\n\n" + _table(head, rows)
     )

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from guard.removal import removal_spans
 from guard.template import Message, render, token_ranges
 
-WORDS = "please tell me how many apples two baskets hold when Discussing Zorblat cf ten fit in each".split()
 TEXT = "please tell me how many apples two baskets hold when ten fit in each"
+WORDS = sorted({*TEXT.split(), "cf", "Discussing", "Zorblat"})
 
 
 @pytest.fixture(scope="module")
