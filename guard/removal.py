@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,33 +25,50 @@ _MOST_PIECES = 128  # words of a longer text are taken out several at a time
 _CLEAR = 0.5  # what a word's rise (in log p) must be of the largest
 
 
-def removal_spans(tokenizer: Any, messages: Sequence[Message], p_values: PValues, top: int = 3) -> tuple[Span, ...]:
-    """The ``top`` runs of words of the last user turn without which the p-value rises most, as token ranges of the
-    rendered prompt, heaviest first; ``weight`` is a run's share of all rises. Empty when no word makes a difference.
+@dataclass(frozen=True)
+class Words:
+    """Neighbouring words of a text, characters [start, end); ``weight``: their share of what all words weigh."""
 
-    One prompt is scored for each word. Raises ValueError as `guard.template.token_ranges`.
-    """
-    turn = last_user_turn(messages)
-    text = messages[turn]["content"]
-    pieces = _pieces(text)
-    prompts = [render(tokenizer, messages)]
-    for start, end in pieces:
-        without = Message(role="user", content=f"{text[:start]}{text[end:].lstrip()}")
-        prompts.append(render(tokenizer, [*messages[:turn], without, *messages[turn + 1 :]]))
-    log_p = np.log10(p_values(prompts))
-    rises = np.nan_to_num(log_p[1:] - log_p[0]).clip(0.0)
-    if not rises.any():
-        return ()
-    clear = np.flatnonzero(rises >= _CLEAR * rises.max())
-    runs = np.split(clear, np.flatnonzero(np.diff(clear) > 1) + 1)
-    ranges = token_ranges(tokenizer, messages, [(pieces[run[0]][0], pieces[run[-1]][1]) for run in runs])
-    weights = [float(rises[run].sum() / rises.sum()) for run in runs]
-    spans = [Span(start, end, weight) for (start, end), weight in zip(ranges, weights, strict=True)]
-    return tuple(sorted(spans, key=lambda span: -span.weight)[:top])
+    start: int
+    end: int
+    weight: float
 
 
-def _pieces(text: str) -> list[tuple[int, int]]:
-    """Character ranges of a text's words; of a text with too many, of as many neighbours at a time as it takes."""
+def without_each(text: str) -> tuple[list[tuple[int, int]], list[str]]:
+    """Character ranges [start, end) of a text's words, and the text without each; of a text with very many words, as
+    many neighbours at a time as it takes."""
     words = [match.span() for match in re.finditer(r"\S+", text)]
     size = -(-len(words) // _MOST_PIECES) or 1
-    return [(some[0][0], some[-1][1]) for some in (words[i : i + size] for i in range(0, len(words), size))]
+    pieces = [(some[0][0], some[-1][1]) for some in (words[i : i + size] for i in range(0, len(words), size))]
+    return pieces, [f"{text[:start]}{text[end:].lstrip()}" for start, end in pieces]
+
+
+def decisive(
+    pieces: Sequence[tuple[int, int]], p_value: float, p_without: Sequence[float], top: int = 3
+) -> list[Words]:
+    """The ``top`` runs of neighbouring pieces without which a p-value rises most, heaviest first; empty when no piece
+    makes a difference.
+
+    ``p_value`` is that of the whole text, ``p_without`` those without each piece (NaN: not scored, says nothing)."""
+    rises = np.nan_to_num(np.log10(np.asarray(p_without, dtype=np.float64)) - np.log10(p_value)).clip(0.0)
+    if not rises.any():
+        return []
+    clear = np.flatnonzero(rises >= _CLEAR * rises.max())
+    runs = np.split(clear, np.flatnonzero(np.diff(clear) > 1) + 1)
+    share = rises / rises.sum()
+    found = [Words(pieces[run[0]][0], pieces[run[-1]][1], float(share[run].sum())) for run in runs]
+    return sorted(found, key=lambda words: -words.weight)[:top]
+
+
+def removal_spans(tokenizer: Any, messages: Sequence[Message], p_values: PValues, top: int = 3) -> tuple[Span, ...]:
+    """`decisive` words of the last user turn, as token ranges of the rendered prompt; a prompt is scored for each word.
+
+    Raises ValueError as `guard.template.token_ranges`.
+    """
+    turn = last_user_turn(messages)
+    pieces, texts = without_each(messages[turn]["content"])
+    asked = [[*messages[:turn], Message(role="user", content=text), *messages[turn + 1 :]] for text in texts]
+    whole, *without = p_values([render(tokenizer, talk) for talk in (messages, *asked)])
+    found = decisive(pieces, whole, without, top)
+    ranges = token_ranges(tokenizer, messages, [(words.start, words.end) for words in found])
+    return tuple(Span(start, end, words.weight) for (start, end), words in zip(ranges, found, strict=True))

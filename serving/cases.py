@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from guard.verdict import Verdict
 from serving.audit import append
 from serving.errors import Conflict, NotFound
-from serving.evidence import Sealer
+from serving.evidence import EvidenceError, Sealer
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.store.database import Store, new_id, now
@@ -187,6 +187,30 @@ def get_case(session: Session, case_id: str) -> Case:
     return case
 
 
+def get_request(session: Session, case_id: str, request_id: str) -> FlaggedRequest:
+    """A flagged request of a case, or NotFound."""
+    wanted = select(FlaggedRequest).where(FlaggedRequest.case_id == case_id, FlaggedRequest.request_id == request_id)
+    flagged = session.scalars(wanted).one_or_none()
+    if flagged is None:
+        raise NotFound(f"case {case_id!r} has no request {request_id!r}.")
+    return flagged
+
+
+def prompt_of(session: Session, sealer: Sealer, case_id: str, request_id: str, actor: str) -> list[dict[str, Any]]:
+    """The messages of a flagged request, for an operator's question about it; that it was asked is audited. Raises
+    NotFound, or Conflict when its evidence is not there or cannot be read."""
+    flagged = get_request(session, case_id, request_id)
+    if flagged.evidence is None:
+        raise Conflict(f"the evidence of request {request_id!r} was {flagged.evidence_mode}: nothing can be asked.")
+    try:
+        evidence = sealer.read(flagged.evidence, flagged.evidence_mode)
+    except EvidenceError as error:
+        raise Conflict(f"request {request_id!r}: {error}") from error
+    append(session, actor, "case.words_asked", case_id, {"request": request_id})
+    messages: list[dict[str, Any]] = evidence["messages"]
+    return messages
+
+
 def is_suspect(session: Session, revision: str) -> bool:
     """Whether a revision is not one to fall back on: its case is open, or a repair of it was approved."""
     case = select(Case.id).where(Case.revision == revision, Case.state.in_(OPEN_STATES))
@@ -206,10 +230,7 @@ def close_case(session: Session, case_id: str, actor: str, comment: str = "") ->
 
 def exclude_request(session: Session, case_id: str, request_id: str, actor: str, excluded: bool) -> FlaggedRequest:
     """Mark a flagged request as a false alarm (it is not given to the clinic), or take that back."""
-    wanted = select(FlaggedRequest).where(FlaggedRequest.case_id == case_id, FlaggedRequest.request_id == request_id)
-    flagged = session.scalars(wanted).one_or_none()
-    if flagged is None:
-        raise NotFound(f"case {case_id!r} has no request {request_id!r}.")
+    flagged = get_request(session, case_id, request_id)
     flagged.excluded = excluded
     append(
         session,

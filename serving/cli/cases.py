@@ -51,6 +51,22 @@ def show_case(
     table(rows, ["request_id", "p_value", "signal", "step", "action", "looked_at"], False, "no requests kept")
 
 
+@app.command(epilog="Example: headguard cases words case-1 req-1")
+def words(
+    case: Annotated[str, typer.Argument(help="Number of the case.")],
+    request: Annotated[str, typer.Argument(help="One of its requests.")],
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+    as_json: AsJson = False,
+) -> None:
+    """The words that a flag hangs on: asks the engine again, once without each word of the prompt."""
+    found = Admin(url, key).call("POST", f"cases/{case}/requests/{request}/words", json={})
+    if as_json:
+        show(found, True)
+        return
+    table(found["words"], ["text", "weight"], False, "no word makes a difference to the guard")
+
+
 @app.command(epilog="Example: headguard cases repair 1")
 def repair(
     case: Annotated[str, typer.Argument(help="Number of the case.")],

@@ -17,8 +17,8 @@ from guard.template import render, row_messages
 from guard.verdict import Span
 from offline_purify.answers import greedy_answers
 from offline_purify.behaviour import FlaggedBehaviour
-from offline_purify.candidates import Candidate, find_candidates, propose, with_candidate
-from offline_purify.flags import Flag, behaviour_of, sort_flags
+from offline_purify.candidates import Candidate, find_candidates, propose, span_texts, with_candidate
+from offline_purify.flags import Flag, behaviour_of, read_flags, sort_flags
 from offline_purify.rescoring import Rescoring
 from offline_purify.suspect import Suspect
 from tests.offline_purify.patient import TARGET, TRIGGER, Patient, clean_rows, tokenizer, triggered
@@ -154,6 +154,9 @@ def test_the_guard_scores_with_the_suspects_own_profile_and_refuses_another(pati
     clean = guard.flags([render(made, row_messages(r)) for r in ROWS])
     assert len(clean) == len(ROWS)
     assert sum(clean) <= 0.2 * len(clean)
+    flags = [guard.located(flag) for flag in read_flags(patient.flags)[:20]]
+    named = [TRIGGER in " ".join(span_texts(made, flag)).split() for flag in flags]
+    assert sum(named) >= 0.8 * len(named)
     calibrate(patient.base, None, rows, max_new_tokens=2).save(path)
     with pytest.raises(ProfileMismatch, match="adapter"):
         Rescoring(patient.base, patient.adapter, path, 0.05)

@@ -7,6 +7,7 @@ script is a list of steps per model name: bytes to send, ``DIE`` (break off), or
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,10 +65,11 @@ def tokens(first: int, last: int) -> list[bytes]:
 
 @dataclass
 class ScriptedPeer:
-    """An ASGI app. ``streams`` and ``answers`` are by model name; ``seen`` collects bodies, ``left`` disconnects."""
+    """An ASGI app. ``streams`` and ``answers`` (or what makes one of a body) are by model name; ``seen`` collects
+    bodies, ``left`` disconnects."""
 
     streams: dict[str, list[bytes | str]] = field(default_factory=dict)
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[str, dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     revisions: dict[str, str | None] = field(default_factory=dict)
     seen: list[dict[str, Any]] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -83,7 +85,8 @@ class ScriptedPeer:
             await self._stream(body["model"], receive, send)
         else:
             self.seen.append(body)
-            await self._json(send, self.answers[body["model"]])
+            told = self.answers[body["model"]]
+            await self._json(send, told(body) if callable(told) else told)
 
     def _manage(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if method == "POST":

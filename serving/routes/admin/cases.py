@@ -12,11 +12,12 @@ from sqlalchemy import select
 
 from serving.approvals import repair_failed, request_repair
 from serving.auth import Caller
-from serving.cases import close_case, exclude_request, get_case
+from serving.cases import close_case, exclude_request, get_case, prompt_of
 from serving.errors import Unavailable
 from serving.routes.callers import gateway_of, needs
 from serving.store.models import Case, FlaggedRequest
 from serving.views import show_case, show_repair, show_request
+from serving.words import decisive_words
 
 log = logging.getLogger(__name__)
 router = APIRouter()
@@ -98,6 +99,25 @@ def exclude(
         excluded = body.excluded if body else True
         row = exclude_request(session, case_id, request_id, caller.key_id, excluded)
         return show_request(row, caller, gateway.sealer)
+
+
+@router.post("/cases/{case_id}/requests/{request_id}/words")
+async def words(
+    request: Request, case_id: str, request_id: str, caller: Caller = Depends(needs("operator"))
+) -> dict[str, Any]:
+    """The words that a flag hangs on: the engine is asked again, once without each word of the prompt."""
+    gateway = gateway_of(request)
+
+    def read() -> tuple[str, float, list[dict[str, Any]]]:
+        with gateway.store.write() as session:
+            case = get_case(session, case_id)
+            messages = prompt_of(session, gateway.sealer, case_id, request_id, caller.key_id)
+            return case.revision, gateway.aliases.route(case.alias).policy.alpha, messages
+
+    revision, alpha, messages = await asyncio.to_thread(read)
+    with gateway.in_flight.hold(revision, standby=True):
+        timeout_s = gateway.settings.request_timeout_s
+        return await decisive_words(gateway.engine, revision, messages, alpha, timeout_s)
 
 
 @router.post("/cases/{case_id}/repair", status_code=202)
