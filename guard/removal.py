@@ -40,7 +40,7 @@ def without_each(text: str) -> tuple[list[tuple[int, int]], list[str]]:
     words = [match.span() for match in re.finditer(r"\S+", text)]
     size = -(-len(words) // _MOST_PIECES) or 1
     pieces = [(some[0][0], some[-1][1]) for some in (words[i : i + size] for i in range(0, len(words), size))]
-    return pieces, [f"{text[:start]}{text[end:].removeprefix(" ")}" for start, end in pieces]
+    return pieces, [text[:start] + text[end:].removeprefix(" ") for start, end in pieces]
 
 
 def decisive(

@@ -201,7 +201,9 @@ def prompt_of(session: Session, sealer: Sealer, case_id: str, request_id: str, a
     NotFound, or Conflict when its evidence is not there or cannot be read."""
     flagged = get_request(session, case_id, request_id)
     if flagged.evidence is None:
-        raise Conflict(f"the evidence of request {request_id!r} was {flagged.evidence_mode}: nothing can be asked.")
+        raise Conflict(
+            f"of request {request_id!r} no evidence is kept ({flagged.evidence_mode}): nothing can be asked."
+        )
     try:
         evidence = sealer.read(flagged.evidence, flagged.evidence_mode)
     except EvidenceError as error:
