@@ -47,6 +47,8 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
 SPLITS = (0.35, 0.40, 0.25)
 """Train, calibration, evaluation shares of the clean rows: a profile needs the most."""
 CONFIRM_ROWS = 24
+LOCATED_FLAGS = 24
+"""Flags that the guard is asked about again, once for each of their words; others keep the spans of their verdicts."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -214,7 +216,7 @@ class RepairSteps:
             except GuardError as error:
                 unwatched = str(error)
         if guard is not None:
-            flags = [guard.located(flag) for flag in flags]
+            flags = [*map(guard.located, flags[:LOCATED_FLAGS]), *flags[LOCATED_FLAGS:]]
         found = find_candidates(
             suspect.tokenizer,
             flags,
