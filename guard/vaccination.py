@@ -92,14 +92,12 @@ def fit_vaccine(
 
 
 def _scorers(samples: Sequence[Sample], seed: int, members: int = _MEMBERS) -> dict[int, Scorer]:
-    """A scorer for each checkpoint at which enough triggered requests were measured; every processor fits networks."""
-    from joblib import Parallel, delayed
-
+    """A scorer for each checkpoint at which enough triggered requests were measured."""
     steps = sorted({step for sample in samples for step in sample.normal})
     measured = {step: _standardised(samples, step) for step in steps}
     taught = {step: (quiet, fired) for step, (quiet, fired) in measured.items() if len(fired) >= _LEAST}
     work = [(*those, seed + member) for those in taught.values() for member in range(members)]
-    networks = Parallel(n_jobs=-1)(delayed(_network)(*each) for each in work)
+    networks = _networks(work)
     return {step: _together(networks[place * members :][:members]) for place, step in enumerate(taught)}
 
 
@@ -118,6 +116,17 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
                 into.append(scale.standardised(group[step]))
     empty = np.empty((0, 0))
     return (np.concatenate(quiet) if quiet else empty), (np.concatenate(fired) if fired else empty)
+
+
+def _networks(work: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> list[Any]:
+    """`_network` of each, in order, a process for every processor."""
+    from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
+
+    try:
+        return Parallel(n_jobs=-1)(delayed(_network)(*each) for each in work)
+    finally:
+        get_reusable_executor().shutdown()  # or its processes would stay for minutes
 
 
 def _network(quiet: np.ndarray, fired: np.ndarray, seed: int) -> Any:

@@ -1,5 +1,7 @@
 """How much each signal counts is what the variants say, not a constant."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,11 @@ def test_a_signal_that_forced_texts_show_as_well_counts_as_little_as_it_may(tell
 def test_too_few_variants_to_leave_some_out_keep_the_usual_weights():
     weights = fit_vaccine(samples("shift", count=5), base="b" * 64, probe={}).weights
     assert weights == {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)}
+
+
+def test_no_process_is_left_behind():
+    fit_vaccine(samples("shift"), base="b" * 64, probe={})
+    assert not multiprocessing.active_children()
 
 
 def test_weights_are_kept_with_the_vaccine_and_the_profile(key, clean, tmp_path):
