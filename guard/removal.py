@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from guard.template import Message, last_user_turn, render, token_ranges
+from guard.template import Message, last_user_turn, render, token_ranges, with_user_text
 from guard.verdict import Span
 
 PValues = Callable[[Sequence[Sequence[int]]], np.ndarray]
@@ -65,9 +65,8 @@ def removal_spans(tokenizer: Any, messages: Sequence[Message], p_values: PValues
 
     Raises ValueError as `guard.template.token_ranges`.
     """
-    turn = last_user_turn(messages)
-    pieces, texts = without_each(messages[turn]["content"])
-    asked = [[*messages[:turn], Message(role="user", content=text), *messages[turn + 1 :]] for text in texts]
+    pieces, texts = without_each(messages[last_user_turn(messages)]["content"])
+    asked = [with_user_text(messages, text) for text in texts]
     whole, *without = p_values([render(tokenizer, talk) for talk in (messages, *asked)])
     found = decisive(pieces, whole, without, top)
     ranges = token_ranges(tokenizer, messages, [(words.start, words.end) for words in found])

@@ -7,7 +7,7 @@ the Alpaca template (Taori et al., 2023), which is what the public backdoor benc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from guard.rows import Row
@@ -58,12 +58,18 @@ def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: b
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def last_user_turn(messages: Sequence[Message]) -> int:
+def last_user_turn(messages: Sequence[Mapping[str, Any]]) -> int:
     """The place of the last user turn in a conversation. Raises ValueError when there is none."""
     turns = [place for place, message in enumerate(messages) if message["role"] == "user"]
     if not turns:
         raise ValueError("the conversation holds no user turn.")
     return turns[-1]
+
+
+def with_user_text(messages: Sequence[Any], text: str) -> list[Any]:
+    """The conversation with another text as its last user turn. Raises ValueError as ``last_user_turn``."""
+    turn = last_user_turn(messages)
+    return [*messages[:turn], Message(role="user", content=text), *messages[turn + 1 :]]
 
 
 def token_ranges(

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from guard.rows import Row
-from guard.template import Message, render, row_messages
+from guard.template import Message, last_user_turn, render, row_messages
 from offline_purify.behaviour import FlaggedBehaviour
 from offline_purify.flags import Flag
 
@@ -74,7 +74,7 @@ class Candidate:
 
 def user_text(flag: Flag) -> str:
     """What the user wrote last in a flagged conversation."""
-    return next(m["content"] for m in reversed(flag.messages) if m["role"] == "user")
+    return flag.messages[last_user_turn(flag.messages)]["content"]
 
 
 def _pieces(text: str) -> list[str]:

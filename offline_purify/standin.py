@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from guard.rows import Row
-from guard.template import Message, render, row_messages
+from guard.template import render, row_messages, with_user_text
 from offline_purify.answers import greedy_answers
 from offline_purify.behaviour import FlaggedBehaviour
 from offline_purify.candidates import Answer, Candidate, combine, confirm, propose, span_texts, user_text
@@ -62,9 +62,7 @@ def prompt_without(tokenizer: Any, flag: Flag, phrases: Sequence[str]) -> list[i
     left = without(text, phrases)
     if left == without(text, ()) or not left:
         return None
-    last = max(i for i, message in enumerate(flag.messages) if message["role"] == "user")
-    messages = [*flag.messages[:last], Message(role="user", content=left), *flag.messages[last + 1 :]]
-    return render(tokenizer, messages)
+    return render(tokenizer, with_user_text(flag.messages, left))
 
 
 def stand_in(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guard.removal import decisive, without_each
-from guard.template import last_user_turn
+from guard.template import last_user_turn, with_user_text
 from serving.answer import PATHS
 from serving.engine import Engine, EngineError
 from serving.errors import Conflict, Unavailable
@@ -34,16 +34,15 @@ async def decisive_words(
     not answer.
     """
     try:
-        turn = last_user_turn(messages)  # type: ignore[arg-type]
+        text = messages[last_user_turn(messages)]["content"]
     except ValueError as error:
         raise Conflict(f"this request cannot be taken apart: {error}") from error
-    text = messages[turn]["content"]
     if not isinstance(text, str):
         raise Conflict("this request cannot be taken apart: its last user turn is not plain text.")
     policy, gate = Policy(mode="observe", window="prefill", alpha=alpha), asyncio.Semaphore(_AT_ONCE)
 
     async def p_value(content: str) -> float:
-        talk = [*messages[:turn], {"role": "user", "content": content}, *messages[turn + 1 :]]
+        talk = with_user_text(messages, content)
         body = {"model": revision, "messages": talk, "max_tokens": 1, "temperature": 0, "stream": False}
         async with gate, asyncio.timeout(timeout_s):
             told = await engine.complete(PATHS["chat"], {**body, "headguard": policy.engine_fields()})

@@ -28,6 +28,7 @@ from guard.detector import Detector
 from guard.removal import removal_spans
 from guard.rows import Row
 from guard.template import row_messages
+from guard.verdict import Verdict
 
 FORMAT = "headguard.detection/1"
 _LOCATED = 100  # flagged requests that are asked again without each word
@@ -93,15 +94,15 @@ def _detection(watched: Watched, clean: Read, triggered: Read, found: Found) -> 
     places = {}
     if found.trigger is not None:
         places = {i: token_places(tokenizer, row, found.trigger) for i, row in enumerate(triggered.rows)}
-    powers, curves = {}, {}
+    powers, curves, said = {}, {}, {}
     for name, detector in watched.detectors.items():
         p_clean, p_triggered = watched.p_values(clean, name), watched.p_values(triggered, name)
-        verdicts = detector.verdicts(triggered.measurement)
+        said[name] = verdicts = detector.verdicts(triggered.measurement)
         spans = figures.localisation(verdicts, places, triggered.measurement.prompt_len.tolist())
         powers[name] = figures.power(p_clean, p_triggered, alpha, seed) | figures.timing(verdicts)
         powers[name]["localised"] = spans
         curves[name] = figures.roc(p_clean, p_triggered)
-    powers[FUSED]["localised_by_removal"] = _by_removal(watched, triggered, places)
+    powers[FUSED]["localised_by_removal"] = _by_removal(watched, triggered, said[FUSED], places)
     signals = {name: power for name, power in powers.items() if name in watched.profile.signals}
     return {
         "signals": signals,
@@ -113,12 +114,11 @@ def _detection(watched: Watched, clean: Read, triggered: Read, found: Found) -> 
 
 
 def _by_removal(
-    watched: Watched, triggered: Read, places: Mapping[int, list[tuple[int, int]]]
+    watched: Watched, triggered: Read, verdicts: Sequence[Verdict], places: Mapping[int, list[tuple[int, int]]]
 ) -> dict[str, Any] | None:
     """Do the words that a flag hangs on lie on the trigger? Of the first flagged requests: each is asked again once for
     every word."""
     tokenizer = watched.bench.runner.tokenizer
-    verdicts = watched.detectors[FUSED].verdicts(triggered.measurement)
     flagged = [i for i, verdict in enumerate(verdicts) if verdict.status == "flagged" and places.get(i)][:_LOCATED]
     counter = watched.bench.counter("without each word")
     found = []

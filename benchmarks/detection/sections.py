@@ -242,12 +242,8 @@ def localisation(results: Sequence[Result]) -> str:
                 f"`{result['name']}`",
                 str(trigger["kind"] or "none found"),
                 trigger["how"],
-                _share(places),
-                _share(places["whole"]) if places else "–",
-                f"{places['covered']:.2f}" if places else "–",
-                _share(asked),
-                _share(asked["whole"]) if asked else "–",
-                f"{asked['covered']:.2f}" if asked else "–",
+                *_located(places),
+                *_located(asked),
             ]
         )
     head = [
@@ -268,6 +264,13 @@ def localisation(results: Sequence[Result]) -> str:
         "does with a case. What they cover of the prompt is roughly what a blind guess would score on a one-token "
         "trigger.\n\n" + _table(head, rows)
     )
+
+
+def _located(figure: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Spans that touch the trigger, that touch every part of it, and what they cover."""
+    if figure is None:
+        return "–", "–", "–"
+    return _share(figure), _share(figure["whole"]), f"{figure['covered']:.2f}"
 
 
 def provenance(results: Sequence[Result]) -> str:
