@@ -50,12 +50,16 @@ async def decisive_words(
         return math.nan if found is None else found
 
     pieces, texts = without_each(text)
+    asked = [asyncio.create_task(p_value(content)) for content in (text, *texts)]
     try:
-        whole, *without = await asyncio.gather(*map(p_value, (text, *texts)))
+        whole, *without = await asyncio.gather(*asked)
     except (EngineError, StreamBroken, TimeoutError) as error:
         raise Unavailable(f"the engine could not be asked about {revision}: is that revision loaded?") from error
+    finally:
+        for task in asked:  # what is still being asked when one fails, or the operator hangs up
+            task.cancel()
     if math.isnan(whole):
         raise Conflict(f"the engine could not score this request again: {revision} has no profile for it.")
     found = decisive(pieces, whole, without)
     words = [{"text": text[run.start : run.end], "weight": run.weight} for run in found]
-    return {"p_value": whole, "asked": 1 + len(texts), "words": words}
+    return {"p_value": whole, "asked": len(asked), "words": words}

@@ -71,8 +71,9 @@ def both(
 def test_vllm_says_what_the_embedded_engine_says(both: tuple[list[Verdict], list[Verdict], int]) -> None:
     ours, theirs, hits = both
     p_values: list[Any] = [(a.p_value, b.p_value) for a, b in zip(ours, theirs, strict=True)]
-    # Among ordinary requests ranks lie close, and of a first token that is all but certain the last digits decide.
+    # One rank apart in a signal's tail is several apart among the held-out where those lie close, in the middle.
     assert all(abs(a - b) <= (0.02 if min(a, b) <= 0.2 else 0.05) for a, b in p_values)
+    assert sum(abs(a - b) > 0.02 for a, b in p_values) <= 1
     differing = [p for a, b, p in zip(ours, theirs, p_values, strict=True) if a.status != b.status]
     assert all(abs(a - b) <= 2 / 251 for a, b in differing)  # one rank apart, on either side of alpha
     assert len(differing) <= 1
