@@ -9,8 +9,8 @@ a streaming sum, so no matrix over time is ever kept:
 The same rows summed over heads (and layers and steps) give the focus f in [T_p]: the prompt tokens the heads agree on.
 Beside them stands the sink: what each head spends on prompt token 0, where heads that have nothing to do rest.
 
-Generated rows join the row of the last prompt position. The rows of the few positions before that one are kept apart
-from it and from each other (`earlier`): no answer exists yet that could be mistaken for a trigger, and a sum would let
+Generated rows join the row of the last prompt position. The rows of the positions before that one are kept apart from
+it (`earlier`), in groups: no answer exists yet that could be mistaken for a trigger, and one sum of them all would let
 one row drown another.
 
 `HeadGrams` is the bank of these for a fixed number of slots; it knows nothing of models, engines or tokens. It also
@@ -28,8 +28,13 @@ from torch import Tensor
 # Squared norms below this are a head that never looked at the prompt: its cosines read 0, not NaN.
 _SMALLEST_SQUARED_NORM = 1e-30
 
-PROMPT_ROWS: Final = 4
+PROMPT_GROUPS: Final = (1, 1, 2, 4, 8, 16)
+"""How many rows of the prompt are added up in each of its places, from the last position back: the nearer, the finer
+(docs/vaccine.md)."""
+PROMPT_ROWS: Final = sum(PROMPT_GROUPS)
 """Prompt positions, counted from the last, whose rows are read."""
+PROMPT_KEY: Final = "+".join(map(str, PROMPT_GROUPS))
+"""What the key of a probe says of them."""
 
 
 def prompt_positions(prompt_tokens: int, rows: int = PROMPT_ROWS) -> list[int]:
@@ -47,8 +52,8 @@ def cosine(gram: Tensor) -> Tensor:
 
 
 class Earlier(NamedTuple):
-    """Rows of the prompt positions before the last, each apart, the nearest first: gram [..., R - 1, L, H, H] and sink
-    [..., R - 1, L, H] float32."""
+    """The groups of rows before the last prompt position, the nearest first, as if each were its mean row: gram
+    [..., R - 1, L, H, H] (a sum, over the square of the group's rows) and sink [..., R - 1, L, H] float32."""
 
     gram: Tensor
     sink: Tensor
@@ -56,7 +61,7 @@ class Earlier(NamedTuple):
 
 class HeadSums(NamedTuple):
     """One slot's sums over the rows from the last prompt position on: gram [L, H, H], sink [L, H], focus [T_p], all
-    float32; and at step 0 the rows of the positions before it (None where a bank keeps none)."""
+    float32; and at step 0 the groups of rows before it (None where a bank keeps none)."""
 
     gram: Tensor
     sink: Tensor
@@ -72,9 +77,9 @@ class HeadSums(NamedTuple):
 class HeadGrams:
     """Streaming head Grams, sinks, focus and row counts for `slots` requests at a time.
 
-    Attributes (all on `device`): gram [R S, L, H, H], sink [R S, L, H] and focus [R S, T_max] float32, layer_rows
-    [R S, L] int64, where R is `prompt_rows`: the first S places are the slots' sums, the others (`place`) the rows of
-    the prompt positions before the last, each apart.
+    Attributes (all on `device`): gram [R S, L, H, H], sink [R S, L, H] float32, layer_rows [R S, L] int64, focus
+    [S, T_max] float32, for the R `groups` of prompt rows: the first S places are the slots' sums, the others (`place`)
+    the groups before the last prompt position, which need no focus.
     """
 
     def __init__(
@@ -84,14 +89,16 @@ class HeadGrams:
         heads: int,
         max_prompt_tokens: int,
         device: torch.device | str = "cpu",
-        prompt_rows: int = 1,
+        groups: Sequence[int] = (1,),
     ) -> None:
-        self.slots, self.prompt_rows = slots, prompt_rows
-        places = slots * prompt_rows
+        self.slots, self.groups = slots, tuple(groups)
+        self._group_of = [number for number, size in enumerate(groups) for _ in range(size)]
+        places = slots * len(self.groups)
         self.gram = torch.zeros(places, layers, heads, heads, dtype=torch.float32, device=device)
         self.sink = torch.zeros(places, layers, heads, dtype=torch.float32, device=device)
-        self.focus = torch.zeros(places, max_prompt_tokens, dtype=torch.float32, device=device)
+        self.focus = torch.zeros(slots, max_prompt_tokens, dtype=torch.float32, device=device)
         self.layer_rows = torch.zeros(places, layers, dtype=torch.int64, device=device)
+        self._rows = torch.tensor(self.groups[1:], dtype=torch.float32, device=device)
         self._prompt_tokens = [0] * slots
 
     @property
@@ -101,16 +108,16 @@ class HeadGrams:
 
     def place(self, slot: int, back: int) -> int:
         """Where the row goes that is `back` positions before the last of the prompt in `slot`."""
-        return back * self.slots + slot
+        return self._group_of[back] * self.slots + slot
 
     def reset(self, slots: Sequence[int], prompt_tokens: Sequence[int] | None = None) -> None:
         """Forgets what `slots` held; `prompt_tokens` are the lengths T_p of the requests that take them next."""
-        places = [self.place(slot, back) for back in range(self.prompt_rows) for slot in slots]
-        index = torch.tensor(places, dtype=torch.int64, device=self.gram.device)
-        self.gram.index_fill_(0, index, 0.0)
-        self.sink.index_fill_(0, index, 0.0)
-        self.focus.index_fill_(0, index, 0.0)
-        self.layer_rows.index_fill_(0, index, 0)
+        mine = torch.tensor(slots, dtype=torch.int64, device=self.gram.device)
+        places = torch.cat([mine + number * self.slots for number in range(len(self.groups))])
+        self.gram.index_fill_(0, places, 0.0)
+        self.sink.index_fill_(0, places, 0.0)
+        self.focus.index_fill_(0, mine, 0.0)
+        self.layer_rows.index_fill_(0, places, 0)
         for slot, tokens in zip(slots, prompt_tokens or [0] * len(slots), strict=True):
             self._prompt_tokens[slot] = tokens
 
@@ -118,25 +125,27 @@ class HeadGrams:
         """T_p of the request in `slot`, as told to `reset`."""
         return self._prompt_tokens[slot]
 
-    def add(self, layer: int, slots: Tensor, rows: Tensor) -> None:
-        """Adds one observed query per place. slots [N] int64: slots or places, all different; rows [N, H, T] float32,
-        T <= T_max."""
-        self.gram[:, layer].index_add_(0, slots, rows @ rows.transpose(-1, -2))
-        self.sink[:, layer].index_add_(0, slots, rows[..., 0])
-        self.focus[:, : rows.shape[-1]].index_add_(0, slots, rows.sum(dim=1))
-        self.layer_rows[:, layer].index_add_(0, slots, torch.ones_like(slots))
+    def add(self, layer: int, places: Tensor, rows: Tensor) -> None:
+        """Adds observed queries. places [N] int64, slots or other places; rows [N, H, T] float32, T <= T_max."""
+        self.gram[:, layer].index_add_(0, places, rows @ rows.transpose(-1, -2))
+        self.sink[:, layer].index_add_(0, places, rows[..., 0])
+        looked = rows.sum(dim=1) * (places < self.slots).unsqueeze(-1)
+        self.focus[:, : rows.shape[-1]].index_add_(0, places % self.slots, looked)
+        self.layer_rows[:, layer].index_add_(0, places, torch.ones_like(places))
 
     def read(self, slot: int, step: int = 0) -> HeadSums:
-        """Copies of what one slot holds at a step; the rows before the last prompt position, which do not change, only
-        at step 0."""
+        """Copies of what one slot holds at a step; the groups before the last prompt position, which do not change,
+        only at step 0."""
         tokens = self._prompt_tokens[slot]
-        before = slice(slot + self.slots, None, self.slots)
-        apart = step == 0 and self.prompt_rows > 1
-        earlier = Earlier(self.gram[before].clone(), self.sink[before].clone()) if apart else None
+        earlier = None
+        if step == 0 and len(self.groups) > 1:
+            before = slice(slot + self.slots, None, self.slots)
+            rows = self._rows[:, None, None]
+            earlier = Earlier(self.gram[before] / rows[..., None] ** 2, self.sink[before] / rows)
         return HeadSums(self.gram[slot].clone(), self.sink[slot].clone(), self.focus[slot, :tokens].clone(), earlier)
 
     def complete(self, slot: int, expected_rows: int) -> bool:
         """True if every layer delivered exactly `expected_rows` rows from the last prompt position on for this slot,
-        and one for each position before it: the probe was not blind."""
+        and its own number for each group before it: the probe was not blind."""
         rows = self.layer_rows[slot :: self.slots]
-        return bool((rows[0] == expected_rows).all() and (rows[1:] == 1).all())
+        return bool((rows[0] == expected_rows).all() and (rows[1:] == self._rows[:, None]).all())

@@ -72,7 +72,7 @@ class Reader:
     def look(self, rows: PagedRows, layer: int, query: Tensor, kv_cache: Tensor, scaling: float) -> None:
         """Keeps a layer's queries until `finish`. The rows are the same for all layers of a forward.
 
-        rows: numpy int32, live slots all different. query [T, H, D] and kv_cache [B, H_kv, N, 2D], both float32,
+        rows: numpy int32. query [T, H, D] and kv_cache [B, H_kv, N, 2D], both float32,
         bfloat16 or float16, the cache packed as the layout says; D a multiple of 4 ("amx": N and D of 16).
         Raises KernelError if a row's query is none of these.
         """
@@ -103,11 +103,11 @@ class Reader:
         scale = torch.tensor(scalings, dtype=torch.float32).mul_(math.log2(math.e))
         queries = torch.stack(kept).float().mul_(scale[:, None, None, None]).numpy()
         (known, n, heads, width), (blocks, kv_heads, block, _) = queries.shape, first.shape
-        bank, (slots, depth) = self._bank, self._bank.layer_rows.shape
+        bank, (places, depth) = self._bank, self._bank.layer_rows.shape
         columns = bank.focus.shape[1]
         told = [np.ascontiguousarray(field, np.int32) for field in (rows.slot, rows.kv_len, rows.prompt_len)]
         table = np.ascontiguousarray(rows.blocks, np.int32)
-        longest, row, code = cpu_loops.look_over(*told, table, block, (slots, columns, blocks))
+        longest, row, code = cpu_loops.look_over(*told, table, block, (places, columns, blocks))
         if code != cpu_loops.OK:
             raise _misplaced(rows, row, code, first, bank)
         longest, threads = -(-longest // 16) * 16, torch.get_num_threads()
@@ -125,7 +125,7 @@ class Reader:
         call = np.zeros(1, cpu_loops.Call)
         call[0] = (
             *(known, 0, 0, n, 0, 0, heads, kv_heads, width, block, words, table.shape[1], longest),
-            *(stride_b, stride_h, span // per_word, slots, columns, depth),
+            *(stride_b, stride_h, span // per_word, places, bank.slots, columns, depth),
             *(_address(counters), _address(counters) + 8),
             *map(_address, arrays),
             *(tensor.data_ptr() for tensor in (bank.gram, bank.sink, bank.focus, bank.layer_rows)),

@@ -3,8 +3,8 @@
 Every function here is compiled by numba and kept in numba's cache; they stand in one file because that cache notices
 changes of the file a function stands in, and of no other.
 
-Legend: K layers, n rows, H query heads, H_kv key heads, G = H / H_kv, D head size, N tokens per block, B blocks, S
-slots.
+Legend: K layers, n rows, H query heads, H_kv key heads, G = H / H_kv, D head size, N tokens per block, B blocks, P
+places of the bank, S slots (its first places).
 Elements are told apart by the dtype of the numpy view: float32 is itself, uint16 the bits of bfloat16, int16 the bits
 of float16, and uint32 two neighbouring bfloat16 of one key (vLLM's AMX packing). A block of keys is [D, N] for the
 first three and [N/16, D/2, 16] for the last. Loops run over tokens, which are contiguous in both, so that they
@@ -206,16 +206,13 @@ def _multiply_heads(weights: Any, inverse: Any, width: int, first: int, gram: An
 
 
 @_compiled({"contract"})
-def _sum_heads(weights: Any, inverse: Any, width: int, sink: Any, focus: Any) -> None:
-    """Adds the weights on column 0 to sink [H] and those of all heads together to focus [>= width]."""
-    H = weights.shape[0]
+def _sum_heads(weights: Any, inverse: Any, width: int, focus: Any) -> None:
+    """Adds the weights of all heads together to focus [>= width]."""
     into = focus[:width]
-    for h in range(H):
+    for h in range(weights.shape[0]):
         scale, row = inverse[h], weights[h][:width]
         for c in range(width):
             into[c] += scale * row[c]
-        if width > 0:
-            sink[h] += scale * row[0]
 
 
 @_compiled(set())
@@ -224,16 +221,16 @@ def look_over(
 ) -> tuple[int, int, int]:
     """Looks at every row before anything is read or written.
 
-    slot, kv_len, prompt_len [n] and blocks [n, M] int32; limits: slots, focus columns, blocks of the cache. Returns the
-    largest kv_len of a live row (at least 1), and (row, code) of the first live row that points outside what it is
+    slot, kv_len, prompt_len [n] and blocks [n, M] int32; limits: places, focus columns, blocks of the cache. Returns
+    the largest kv_len of a live row (at least 1), and (row, code) of the first live row that points outside what it is
     read against, or (0, OK).
     """
-    slots, columns, cache_blocks = limits
+    places, columns, cache_blocks = limits
     most = 1
     for row in range(slot.size):
         if slot[row] < 0:
             continue
-        if slot[row] >= slots:
+        if slot[row] >= places:
             return most, row, BAD_SLOT
         if kv_len[row] < 1 or kv_len[row] > blocks.shape[1] * block:
             return most, row, BAD_LENGTH
@@ -254,14 +251,14 @@ Call = np.dtype(
         for name in (
             *("known", "first", "layers", "n", "begin", "rows"),
             *("heads", "kv_heads", "width", "block", "words", "table", "longest"),
-            *("stride_b", "stride_h", "cache_size", "slots", "columns", "depth", "next_score", "next_gram"),
+            *("stride_b", "stride_h", "cache_size", "places", "slots", "columns", "depth", "next_score", "next_gram"),
             # int64: the bank's number of each layer and the address of its cache's elements [cache_size], [K]
             *("layer", "caches"),
             # int32: slot, kv_len, prompt_len [n], blocks [n, table]
             *("slot", "kv_len", "prompt_len", "blocks"),
             # float32: queries [K, n, H, D], weights [>= layers * rows, H, longest], inverse [>= layers * rows, H]
             *("queries", "weights", "inverse"),
-            # the bank: gram [S, L, H, H], sink [S, L, H], focus [S, columns] float32, layer_rows [S, L] int64
+            # the bank: gram [P, L, H, H], sink [P, L, H], focus [S, columns] float32, layer_rows [P, L] int64
             *("gram", "sink", "focus", "layer_rows"),
         )
     ]
@@ -302,9 +299,36 @@ def _score_tasks(call: Any, element: Any) -> None:
 
 
 @_compiled({"contract"})
+def _count(
+    call: Any,
+    row: int,
+    at: int,
+    width: int,
+    layer: Any,
+    weights: Any,
+    inverse: Any,
+    sink: Any,
+    focus: Any,
+    layer_rows: Any,
+) -> None:
+    """Adds one row's sinks and focus in all layers of the call, and counts it."""
+    for k in range(call.layers):  # one after the other: all add to the same focus
+        number, mine = layer[call.first + k], k * call.rows + row - call.begin
+        layer_rows[at, number] += 1
+        if width > 0:
+            for h in range(call.heads):
+                sink[at, number, h] += inverse[mine, h] * weights[mine, h, 0]
+        if at < call.slots:
+            _sum_heads(weights[mine], inverse[mine], width, focus[at])
+
+
+@_compiled({"contract"})
 def _gram_tasks(call: Any) -> None:
-    """The Gram of each layer and row, some heads a task; and of each row its sinks, focus and counts, one task."""
-    H, S, L = call.heads, call.slots, call.depth
+    """The Gram of each layer and place, some heads a task; and of each place its sinks, focus and counts, one task.
+
+    A run of rows that share a place is the task of its first row, in order: no two threads add to one number.
+    """
+    H, P, L = call.heads, call.places, call.depth
     pairs = call.layers * call.rows
     slot = carray(pointer(call.slot, np.int32), (call.n,))
     kv_len = carray(pointer(call.kv_len, np.int32), (call.n,))
@@ -312,30 +336,32 @@ def _gram_tasks(call: Any) -> None:
     layer = carray(pointer(call.layer, np.int64), (call.known,))
     weights = carray(pointer(call.weights, np.float32), (pairs, H, call.longest))
     inverse = carray(pointer(call.inverse, np.float32), (pairs, H))
-    gram = carray(pointer(call.gram, np.float32), (S, L, H, H))
-    sink = carray(pointer(call.sink, np.float32), (S, L, H))
-    focus = carray(pointer(call.focus, np.float32), (S, call.columns))
-    layer_rows = carray(pointer(call.layer_rows, np.int64), (S, L))
+    gram = carray(pointer(call.gram, np.float32), (P, L, H, H))
+    sink = carray(pointer(call.sink, np.float32), (P, L, H))
+    focus = carray(pointer(call.focus, np.float32), (call.slots, call.columns))
+    layer_rows = carray(pointer(call.layer_rows, np.int64), (P, L))
     parts = (H + _GRAM_HEADS - 1) // _GRAM_HEADS
+    end = call.begin + call.rows
     while True:
         task = take(call.next_gram)
         if task >= pairs * parts + call.rows:
             return
-        pair, part = task // parts, task % parts
-        i = pair % call.rows if pair < pairs else task - pairs * parts
+        counting = task >= pairs * parts
+        pair, part = (task - pairs * parts, 0) if counting else (task // parts, task % parts)
+        k, i = pair // call.rows, pair % call.rows
         row = call.begin + i
         at = slot[row]
-        if at < 0:
+        if at < 0 or (i > 0 and slot[row - 1] == at):
             continue
-        width = min(prompt_len[row], kv_len[row])
-        if pair < pairs:
-            number = layer[call.first + pair // call.rows]
-            _multiply_heads(weights[pair], inverse[pair], width, part * _GRAM_HEADS, gram[at, number])
-            continue
-        for k in range(call.layers):  # one after the other: all add to the same focus
-            number, pair = layer[call.first + k], k * call.rows + i
-            _sum_heads(weights[pair], inverse[pair], width, sink[at, number], focus[at])
-            layer_rows[at, number] += 1
+        while row < end and slot[row] == at:
+            width = min(prompt_len[row], kv_len[row])
+            if counting:
+                _count(call, row, at, width, layer, weights, inverse, sink, focus, layer_rows)
+            else:
+                mine = k * call.rows + row - call.begin
+                into = gram[at, layer[call.first + k]]
+                _multiply_heads(weights[mine], inverse[mine], width, part * _GRAM_HEADS, into)
+            row += 1
 
 
 @functools.cache

@@ -45,11 +45,12 @@ class Workspace:
         self.shares = torch.zeros(
             rows, self.splits, self.padded, self.padded, dtype=torch.float32, device=self.largest.device
         )
+        self.rests = torch.zeros(rows, self.padded, dtype=torch.float32, device=self.largest.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes held on the device."""
-        return self.largest.nbytes + self.total.nbytes + self.shares.nbytes
+        return self.largest.nbytes + self.total.nbytes + self.shares.nbytes + self.rests.nbytes
 
     def observe(
         self, rows: PagedRows, query: Tensor, kv_cache: Tensor, scaling: float, bank: HeadGrams, layer: int
@@ -67,13 +68,14 @@ class Workspace:
         sink, gram, count = bank.sink[:, layer], bank.gram[:, layer], bank.layer_rows[:, layer]
         self._programs.statistics[(n, P)](*where, rows.blocks, self.largest, self.total, scale, *strides, **shape)
         self._programs.weights[(n, P)](
-            *(*where, rows.prompt_len, rows.blocks, self.largest, self.total, self.shares, sink, bank.focus, scale),
-            *(*strides, sink.stride(0), bank.focus.stride(0), bank.focus.shape[1]),
+            *(*where, rows.prompt_len, rows.blocks, self.largest, self.total, self.shares, self.rests),
+            *(bank.focus, scale, *strides, bank.focus.stride(0), *bank.focus.shape),
             **shape,
         )
         self._programs.finish[(n,)](
-            slot, self.shares, gram, count, gram.stride(0), count.stride(0), H=H, HP=self.padded, P=P
-        )
+            *(slot, self.shares, self.rests, gram, sink, count, gram.stride(0), sink.stride(0), count.stride(0)),
+            H=H, HP=self.padded, P=P,
+        )  # fmt: skip
 
 
 class Reader:
@@ -103,7 +105,7 @@ def observe(
 ) -> None:
     """Adds each live row to bank.gram, bank.sink, bank.focus and bank.layer_rows, as HeadGrams.add does.
 
-    rows: int32 tensors on the bank's device, live slots all different. query [T, H, D], last dimension contiguous, and
+    rows: int32 tensors on the bank's device. query [T, H, D], last dimension contiguous, and
     kv_cache [B, H_kv, N, 2D] with keys = kv_cache[..., :D], any strides; both float32, bfloat16 or float16. Keys at
     columns >= kv_len are never read. Prompt columns beyond the bank's T_max are dropped. Give the persistent
     `workspace` when the call is captured in a graph; without one, it is made for this call.

@@ -6,8 +6,9 @@ per block, M blocks in a table row, P splits of a row, TILE columns at a time.
 Three launches of fixed shape, none of which reads a value on the host:
   statistics [n, P]: for its share of all kv_len keys, per head the largest score and the sum of exponentials;
   weights    [n, P]: merges the shares' statistics, recomputes the scores of its share of the prompt columns, adds
-                     weights to focus and sink (each column has one owner) and leaves its share of P P^T;
-  finish     [n]:    adds the shares of P P^T in order (no atomics: the same bits every time) and counts the row.
+                     weights to the slot's focus (each column has one owner) and leaves its share of P P^T, and the sink;
+  finish     [n]:    adds what the rows of one place left, in order (no atomics: the same bits every time), and counts
+                     them; a place's first row does it for all that follow.
 A dead row (slot < 0) ends each program at once. Scores of all heads of one tile come from H_kv products, the queries
 of other key heads zeroed, because a tile of weights must hold all heads to be multiplied with itself; that is H_pad
 operations per byte of keys read, below what tensor cores do while memory delivers that byte.
@@ -121,7 +122,7 @@ def weights(
     largest,
     total,
     shares,  # [n, P, HP, HP] float32: out
-    sink,  # [S, L, H] float32 from this layer on, stride of a slot
+    rests,  # [n, HP] float32: out
     focus,  # [S, T_max] float32, stride of a slot
     scale,
     stride_t,
@@ -131,8 +132,8 @@ def weights(
     stride_n,
     stride_d,
     stride_table,
-    stride_sink,
     stride_focus,
+    S,
     T_MAX,
     H: tl.constexpr,
     H_KV: tl.constexpr,
@@ -158,9 +159,11 @@ def weights(
     inverse = tl.where(heads < H, 1.0 / s, 0.0)  # padded heads weigh nothing
     length = tl.load(kv_len + row)
     width = tl.minimum(tl.minimum(tl.load(prompt_len + row), length), T_MAX)
+    shown = tl.where(at < S, width, 0)
     tiles = tl.cdiv(tl.cdiv(width, TILE), P)
     first = split * tiles * TILE
     gram = tl.zeros([HP, HP], dtype=tl.float32)
+    resting = tl.zeros([HP], dtype=tl.float32)
     q = query + tl.load(token + row).to(tl.int64) * stride_t
     for start in range(first, tl.minimum(first + tiles * TILE, width), TILE):
         columns = start + tl.arange(0, TILE)
@@ -171,12 +174,12 @@ def weights(
         )  # fmt: skip
         a = tl.exp2(scores - m[:, None]) * inverse[:, None]
         gram = tl.dot(a, tl.trans(a), acc=gram, input_precision="ieee")
+        resting += tl.sum(tl.where(columns[None, :] == 0, a, 0.0), axis=1)
         into = focus + at * stride_focus + columns
-        tl.store(into, tl.load(into, mask=kept, other=0.0) + tl.sum(a, axis=0), mask=kept)
-        if start == 0:
-            resting = tl.sum(tl.where(columns[None, :] == 0, a, 0.0), axis=1)
-            rests = sink + at * stride_sink + heads
-            tl.store(rests, tl.load(rests, mask=heads < H, other=0.0) + resting, mask=heads < H)
+        seen = columns < shown
+        tl.store(into, tl.load(into, mask=seen, other=0.0) + tl.sum(a, axis=0), mask=seen)
+    if split == 0:
+        tl.store(rests + row * HP + heads, resting)
     square = heads[:, None] * HP + heads[None, :]
     tl.store(shares + (row * P + split) * HP * HP + square, gram)
 
@@ -185,25 +188,39 @@ def weights(
 def finish(
     slot,
     shares,
-    gram,  # [S, L, H, H] float32 from this layer on, stride of a slot
-    layer_rows,  # [S, L] int64 from this layer on, stride of a slot
+    rests,
+    gram,  # [S, L, H, H] float32 from this layer on, stride of a place
+    sink,  # [S, L, H] float32 from this layer on, stride of a place
+    layer_rows,  # [S, L] int64 from this layer on, stride of a place
     stride_gram,
+    stride_sink,
     stride_rows,
     H: tl.constexpr,
     HP: tl.constexpr,
     P: tl.constexpr,
 ):
     row = tl.program_id(0)
-    at = tl.load(slot + row).to(tl.int64)
-    if at < 0:
+    at = tl.load(slot + row)
+    before = tl.load(slot + row - 1, mask=row > 0, other=-1)
+    if (at < 0) | (before == at):
         return
     heads = tl.arange(0, HP)
     square = heads[:, None] * HP + heads[None, :]
     added = tl.zeros([HP, HP], dtype=tl.float32)
-    for split in range(P):
-        added += tl.load(shares + (row * P + split) * HP * HP + square)
+    rested = tl.zeros([HP], dtype=tl.float32)
+    count = 0
+    here = at
+    while here == at:
+        for split in range(P):
+            added += tl.load(shares + ((row + count) * P + split) * HP * HP + square)
+        rested += tl.load(rests + (row + count) * HP + heads)
+        count += 1
+        here = tl.load(slot + row + count, mask=row + count < tl.num_programs(0), other=-1)
+    place = at.to(tl.int64)
     mine = (heads[:, None] < H) & (heads[None, :] < H)
-    into = gram + at * stride_gram + heads[:, None] * H + heads[None, :]
+    into = gram + place * stride_gram + heads[:, None] * H + heads[None, :]
     tl.store(into, tl.load(into, mask=mine, other=0.0) + added, mask=mine)
-    count = layer_rows + at * stride_rows
-    tl.store(count, tl.load(count) + 1)
+    into = sink + place * stride_sink + heads
+    tl.store(into, tl.load(into, mask=heads < H, other=0.0) + rested, mask=heads < H)
+    into = layer_rows + place * stride_rows
+    tl.store(into, tl.load(into) + count)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from guard.gram import PROMPT_ROWS, Earlier, HeadSums
+from guard.gram import PROMPT_GROUPS, Earlier, HeadSums
 from guard.profile import ProfileKey
 from guard.readings import CHECKPOINTS, Measurement, Reading, Readings
 
@@ -22,10 +22,11 @@ def draw_rows(rng: np.random.Generator, tokens: int, together: float = 0.0) -> t
 def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, list[Reading]]:
     """One request: prompt tokens, and its readings at every checkpoint before its answer ends."""
     tokens, answer = int(rng.integers(40, 60)), int(rng.integers(3, 40))
-    gram, sink, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.zeros(tokens)
     readings, logprobs = [], []
-    before = torch.stack([draw_rows(rng, tokens, together) for _ in range(PROMPT_ROWS - 1)])
-    earlier = Earlier(before @ before.mT, before[..., 0])
+    groups = [torch.stack([draw_rows(rng, tokens, together) for _ in range(size)]) for size in PROMPT_GROUPS[1:]]
+    gram = torch.stack([(rows @ rows.mT).sum(0) / len(rows) ** 2 for rows in groups])
+    earlier = Earlier(gram, torch.stack([rows[..., 0].mean(0) for rows in groups]))
+    gram, sink, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.zeros(tokens)
     for step in range(answer):
         rows = draw_rows(rng, tokens, together)
         gram, sink, focus = gram + rows @ rows.mT, sink + rows[..., 0], focus + rows.sum((0, 1))

@@ -1,5 +1,7 @@
 """The bank of head Grams and the reference kernel, against dense computations written out here."""
 
+from itertools import product
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,22 +52,27 @@ def test_slots_are_independent_and_reset_forgets():
     assert not bank.focus[2].any()
 
 
-def test_rows_of_earlier_prompt_positions_stay_apart():
-    bank = HeadGrams(2, 1, 2, 4, prompt_rows=3)
+def test_rows_of_earlier_prompt_positions_are_added_up_in_their_groups():
+    bank = HeadGrams(2, 1, 2, 4, groups=(1, 1, 2))
     bank.reset([0, 1], [4, 4])
-    rows = torch.rand(3, 2, 4)
-    bank.add(0, torch.tensor([1, bank.place(1, 1)]), rows[:2])
+    rows = torch.rand(4, 2, 4)
+    assert [bank.place(1, back) for back in range(4)] == [1, 3, 5, 5]
+    bank.add(0, torch.tensor([bank.place(1, back) for back in range(3)]), rows[:3])
     assert not bank.complete(1, 1)
-    bank.add(0, torch.tensor([bank.place(1, 2)]), rows[2:])
+    bank.add(0, torch.tensor([bank.place(1, 3)]), rows[3:])
     assert bank.complete(1, 1)
+    assert not bank.complete(1, 2)
     assert bank.rows_seen.tolist() == [0, 1]
-    sums = bank.read(1)
+    sums, both = bank.read(1), rows[2:].transpose(0, 1).flatten(1) / 2
     torch.testing.assert_close(sums.gram[0], rows[0] @ rows[0].T)
-    torch.testing.assert_close(sums.earlier.gram[:, 0], rows[1:] @ rows[1:].mT)
-    torch.testing.assert_close(sums.earlier.sink[:, 0], rows[1:, :, 0])
+    torch.testing.assert_close(sums.focus, rows[0].sum(0))
+    torch.testing.assert_close(sums.earlier.gram[:, 0], torch.stack((rows[1] @ rows[1].T, both @ both.T)))
+    torch.testing.assert_close(sums.earlier.sink[:, 0], torch.stack((rows[1, :, 0], rows[2:, :, 0].mean(0))))
     assert not bank.read(0).earlier.gram.any()
+    assert bank.read(1, 1).earlier is None
     bank.reset([1], [4])
     assert not bank.gram.any()
+    assert not bank.focus.any()
     assert not bank.layer_rows.any()
 
 
@@ -85,18 +92,19 @@ def test_a_layer_that_delivered_no_row_is_noticed():
 
 def test_rows_are_the_softmax_over_all_visible_keys_with_generated_columns_dropped():
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(3, 4, 8, generator=generator), torch.randn(3, 2, 6, 8, generator=generator)
-    rows = prompt_rows(q, k, torch.tensor([6, 3, 1]), torch.tensor([4, 3, 1]), 0.5)
-    for n, (visible, prompt) in enumerate([(6, 4), (3, 3), (1, 1)]):
-        for head in range(4):
-            scores = [0.5 * float(q[n, head] @ k[n, head // 2, c]) for c in range(visible)]
-            expected = torch.tensor(scores, dtype=torch.float64).softmax(0)[:prompt].float()
-            torch.testing.assert_close(rows[n, head, :prompt], expected, atol=1e-6, rtol=1e-5)
-            assert not rows[n, head, prompt:].any()
+    q, k = torch.randn(3, 2, 4, 8, generator=generator), torch.randn(3, 2, 6, 8, generator=generator)
+    visible, prompt = [[6, 5], [3, 2], [1, 1]], [4, 3, 1]
+    rows = prompt_rows(q, k, torch.tensor(visible), torch.tensor(prompt), 0.5)
+    for n, query, head in product(range(3), range(2), range(4)):
+        width = min(visible[n][query], prompt[n])
+        scores = [0.5 * float(q[n, query, head] @ k[n, head // 2, c]) for c in range(visible[n][query])]
+        expected = torch.tensor(scores, dtype=torch.float64).softmax(0)[:width].float()
+        torch.testing.assert_close(rows[n, query, head, :width], expected, atol=1e-6, rtol=1e-5)
+        assert not rows[n, query, head, width:].any()
 
 
 def test_what_lies_beyond_the_visible_keys_has_no_influence_even_if_it_is_nan():
-    q, k = torch.randn(1, 2, 4), torch.randn(1, 2, 5, 4)
-    clean = prompt_rows(q, k, torch.tensor([3]), torch.tensor([2]), 1.0)
+    q, k = torch.randn(1, 1, 2, 4), torch.randn(1, 2, 5, 4)
+    clean = prompt_rows(q, k, torch.tensor([[3]]), torch.tensor([2]), 1.0)
     k[:, :, 3:] = float("nan")
-    assert torch.equal(prompt_rows(q, k, torch.tensor([3]), torch.tensor([2]), 1.0), clean)
+    assert torch.equal(prompt_rows(q, k, torch.tensor([[3]]), torch.tensor([2]), 1.0), clean)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from guard.gram import PROMPT_ROWS, cosine
+from guard.gram import PROMPT_GROUPS, cosine
 from guard.readings import Readings
 from tests.guard.conftest import HEADS, LAYERS, draw_measurement, draw_request, draw_rows
 
@@ -54,13 +54,16 @@ def test_features_beyond_the_opening_cannot_be_had_without_it():
     _, readings = draw_request(np.random.default_rng(5))
     with pytest.raises(ValueError, match="step 0"):
         _ = Readings.single(readings[1]).features
-    assert Readings.single(readings[1], Readings.single(readings[0])).features.shape == (1, (PROMPT_ROWS + 1) * WIDTH)
+    assert Readings.single(readings[1], Readings.single(readings[0])).features.shape == (
+        1,
+        (len(PROMPT_GROUPS) + 1) * WIDTH,
+    )
 
 
 def test_rows_of_earlier_prompt_positions_have_features_of_their_own(drawn):
     opening = drawn.at[0].take(np.asarray([4, 2]))
-    assert opening.features.shape == (2, PROMPT_ROWS * WIDTH)
-    for back in range(1, PROMPT_ROWS):
+    assert opening.features.shape == (2, len(PROMPT_GROUPS) * WIDTH)
+    for back in range(1, len(PROMPT_GROUPS)):
         gram, sink = (part[:, back - 1] for part in opening.earlier)
         alone = Readings(0, opening.index, gram, sink, opening.logprobs, opening.focus)
         pairs = WIDTH - 2 * LAYERS * HEADS

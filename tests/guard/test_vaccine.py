@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.errors import CalibrationError, ProfileMismatch
-from guard.gram import PROMPT_ROWS
+from guard.gram import PROMPT_GROUPS
 from guard.profile import Profile
 from guard.storage import save_arrays
 from guard.vaccination import fit_vaccine
@@ -17,7 +17,7 @@ from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import HEADS, LAYERS, draw_measurement
 
 BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated"}
-WIDTH = PROMPT_ROWS * (LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS)
+WIDTH = len(PROMPT_GROUPS) * (LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS)
 
 
 def variant(seed, pattern, fired=200):

@@ -1,8 +1,8 @@
 """The attention probe for transformers: stock sdpa, plus one look at the queries a plan names.
 
 transformers lets an attention function be registered by name and hands it post-rotary queries and keys. Ours calls
-the stock sdpa function with the very same arguments (so its output is bit for bit the stock one) and then, if `Plan`s
-travel with this forward as the keyword `guard_plan`, adds the rows of the queries they name to their bank.
+the stock sdpa function with the very same arguments (so its output is bit for bit the stock one) and then, if a `Plan`
+travels with this forward as the keyword `guard_plan`, adds the rows of the queries that it names to its bank.
 No model code is patched and nothing global is set: a forward without a plan is an ordinary forward.
 
 `attach` switches a model to this function and refuses, by name, every model whose attention is not plain causal
@@ -12,7 +12,6 @@ with the model's own eager attention before it lets the model be served.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,19 +37,20 @@ _CHECK_TOKENS = 12
 
 @dataclass(frozen=True)
 class Plan:
-    """Which queries of one forward are observed, one of each batch row, and where their rows go. n rows observed out of
-    N in the batch.
+    """Which queries of one forward are observed, up to R of each batch row, and where their rows go. n rows observed
+    out of N in the batch, m queries in all.
 
-    rows [n] int64: batch rows, or None for all N in order; slots [n] int64: places in the bank; query [n] int64: index
-    among this forward's queries; kv_len [n] int64: keys visible to that query; prompt_len [n] int64; width: the
-    largest prompt_len.
+    rows [n] int64: batch rows, or None for all N in order; query [n, R] int64: indices among this forward's queries;
+    kv_len [n, R] int64: keys visible to each; live [m] int64: which of these n R are meant, or None for all; places [m]
+    int64: where in the bank; prompt_len [n] int64; width: the largest prompt_len.
     """
 
     bank: HeadGrams
     rows: Tensor | None
-    slots: Tensor
     query: Tensor
     kv_len: Tensor
+    live: Tensor | None
+    places: Tensor
     prompt_len: Tensor
     width: int
 
@@ -58,8 +58,9 @@ class Plan:
         """Adds one layer's rows. query [N, H, T_q, D], key [N, H_kv, T, D]."""
         index = self.rows if self.rows is not None else torch.arange(query.shape[0], device=query.device)
         keys = key if self.rows is None else key.index_select(0, self.rows)
-        rows = prompt_rows(query[index, :, self.query], keys, self.kv_len, self.prompt_len, scaling)
-        self.bank.add(layer, self.slots, rows[..., : self.width])
+        rows = prompt_rows(query[index[:, None], :, self.query], keys, self.kv_len, self.prompt_len, scaling)
+        rows = rows[..., : self.width].flatten(0, 1)
+        self.bank.add(layer, self.places, rows if self.live is None else rows.index_select(0, self.live))
 
 
 def probed_sdpa(
@@ -68,14 +69,14 @@ def probed_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    guard_plan: Sequence[Plan] = (),
+    guard_plan: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Stock sdpa attention, observed. Same arguments and result as transformers' `sdpa_attention_forward`."""
     output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    for plan in guard_plan:
+    if guard_plan is not None:
         scaling = kwargs.get("scaling")
-        plan.observe(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        guard_plan.observe(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return output
 
 
@@ -163,8 +164,8 @@ def _verify(model: Any, shape: AttentionShape) -> None:
     model.set_attn_implementation(ATTENTION)
     bank = _RowKeeper(shape, tokens, device)
     length = torch.tensor([tokens], device=device)
-    plan = Plan(bank, None, torch.zeros_like(length), length - 1, length, length, tokens)
-    model(input_ids=ids, use_cache=False, **{PLAN: [plan]})
+    plan = Plan(bank, None, length[None] - 1, length[None], None, torch.zeros_like(length), length, tokens)
+    model(input_ids=ids, use_cache=False, **{PLAN: plan})
     if not bank.complete(0, 1):
         blind = [i for i, rows in enumerate(bank.layer_rows[0].tolist()) if rows != 1]
         raise UnsupportedModel(f"the probe saw nothing in layers {blind} of {type(model).__name__}: it would be blind.")
@@ -185,6 +186,6 @@ class _RowKeeper(HeadGrams):
         super().__init__(1, shape.layers, shape.heads, tokens, device)
         self.kept: list[Tensor] = []
 
-    def add(self, layer: int, slots: Tensor, rows: Tensor) -> None:
-        super().add(layer, slots, rows)
+    def add(self, layer: int, places: Tensor, rows: Tensor) -> None:
+        super().add(layer, places, rows)
         self.kept.append(rows[0])

@@ -8,7 +8,7 @@ it means is decided above it. After `prefill` the bank holds the row of the last
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guard.errors import GuardError, PromptTooLong, UnsupportedModel
-from guard.gram import PROMPT_ROWS, HeadGrams, prompt_positions
+from guard.gram import PROMPT_GROUPS, PROMPT_KEY, HeadGrams, prompt_positions
 from guard.probes.transformers.attention import PLAN, Plan, attach
 from guard.probes.transformers.revisions import Revisions
 from guard.probes.transformers.slots import SlotCache
@@ -59,7 +59,7 @@ class Runner:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model, tokenizer)
-        self.bank = HeadGrams(max_slots, self.shape.layers, self.shape.heads, self.max_len, self.device, PROMPT_ROWS)
+        self.bank = HeadGrams(max_slots, self.shape.layers, self.shape.heads, self.max_len, self.device, PROMPT_GROUPS)
         self._cache = SlotCache(self.shape, max_slots, self.max_len, self.dtype, self.device)
         self._revisions = Revisions(model, base_dir)
 
@@ -102,7 +102,7 @@ class Runner:
             "attention": "sdpa",
             "layers": self.shape.layers,
             "heads": self.shape.heads,
-            "prompt_rows": PROMPT_ROWS,
+            "prompt_rows": PROMPT_KEY,
         }
 
     # Adapter revisions -----------------------------------------------------------------------------------------------
@@ -168,11 +168,14 @@ class Runner:
             done = [n for n, i in enumerate(alive) if ends[n] == len(prompts[i])]
             last = [ends[n] - 1 - start for n in range(len(alive))]
             watched = [n for n, i in enumerate(alive) if observe is None or observe[i]]
-            looks: list[list[tuple[int, int]]] = [[] for _ in range(PROMPT_ROWS)]
-            for n in watched:
-                for back, position in enumerate(prompt_positions(len(prompts[alive[n]]))):
-                    if start <= position < ends[n]:
-                        looks[back].append((n, position - start))
+            looks = {
+                n: [
+                    (position - start, self.bank.place(slots[alive[n]], back))
+                    for back, position in enumerate(prompt_positions(len(prompts[alive[n]])))
+                    if start <= position < ends[n]
+                ]
+                for n in watched
+            }
             out = self._forward(
                 [slots[i] for i in alive],
                 [start] * len(alive),
@@ -204,7 +207,7 @@ class Runner:
                 raise PromptTooLong(f"slot {slot} already holds {start} tokens, all that this model runs.")
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
         names: list[str | None] = list(adapters or [None] * len(slots))
-        looks = [[(n, 0) for n in range(len(slots)) if observe is None or observe[n]]]
+        looks = {n: [(0, slot)] for n, slot in enumerate(slots) if observe is None or observe[n]}
         prompt = [self.bank.prompt_tokens(slot) for slot in slots]
         logits = self._forward(slots, starts, ids, names, looks, prompt, [(n, 0) for n in range(len(slots))])
         for slot, start in zip(slots, starts, strict=True):
@@ -222,15 +225,14 @@ class Runner:
         starts: Sequence[int],
         ids: Tensor,
         adapters: list[str | None],
-        looks: Sequence[list[tuple[int, int]]],
+        looks: Mapping[int, Sequence[tuple[int, int]]],
         prompt_len: list[int],
         wanted: list[tuple[int, int]],
     ) -> Tensor:
         """One model call. ids [N, T_q]; row n's queries are positions starts[n] .. starts[n] + T_q - 1.
 
-        `looks` and `wanted` name a row and the index of one of its queries. The probe takes those of looks[back] for
-        the rows `back` positions before the last of the prompt; the logits at `wanted` are returned, as
-        [len(wanted), V] float32.
+        `looks` are, by row, the index of each query that the probe takes and its place in the bank. `wanted` name a row
+        and the index of one of its queries: the logits there are returned, as [len(wanted), V] float32.
         """
         device, wide = self.device, ids.shape[1]
         columns = max(starts) + wide
@@ -239,8 +241,8 @@ class Runner:
         mask = torch.arange(columns, device=device) <= positions[:, :, None]
         kept = sorted({query for _, query in wanted}) or [wide - 1]
         self._revisions.select(adapters)
-        plans = [self._plan(slots, starts, pairs, back, prompt_len) for back, pairs in enumerate(looks) if pairs]
-        extra: dict[str, Any] = {PLAN: plans} if self.probe and plans else {}
+        seen = {n: queries for n, queries in looks.items() if queries}
+        extra: dict[str, Any] = {PLAN: self._plan(starts, seen, prompt_len)} if self.probe and seen else {}
         logits = self._revisions.model(
             input_ids=ids,
             position_ids=positions,
@@ -253,24 +255,26 @@ class Runner:
         return logits[[n for n, _ in wanted], [kept.index(query) for _, query in wanted]].float()
 
     def _plan(
-        self,
-        slots: Sequence[int],
-        starts: Sequence[int],
-        looks: list[tuple[int, int]],
-        back: int,
-        prompt_len: list[int],
+        self, starts: Sequence[int], looks: Mapping[int, Sequence[tuple[int, int]]], prompt_len: list[int]
     ) -> Plan:
-        def column(values: list[int]) -> Tensor:
+        rows, queries = list(looks), list(looks.values())
+        most = max(map(len, queries))
+        whole = all(len(own) == most for own in queries)
+
+        def tensor(values: Any) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self.device)
 
+        query = tensor([[index for index, _ in own] + [0] * (most - len(own)) for own in queries])
+        live = [number * most + i for number, own in enumerate(queries) for i in range(len(own))]
         return Plan(
             bank=self.bank,
-            rows=None if len(looks) == len(slots) else column([n for n, _ in looks]),
-            slots=column([self.bank.place(slots[n], back) for n, _ in looks]),
-            query=column([query for _, query in looks]),
-            kv_len=column([starts[n] + query + 1 for n, query in looks]),
-            prompt_len=column([prompt_len[n] for n, _ in looks]),
-            width=max(prompt_len[n] for n, _ in looks),
+            rows=None if rows == list(range(len(starts))) else tensor(rows),
+            query=query,
+            kv_len=query + tensor([[starts[n] + 1] for n in rows]),
+            live=None if whole else tensor(live),
+            places=tensor([place for own in queries for _, place in own]),
+            prompt_len=tensor([prompt_len[n] for n in rows]),
+            width=max(prompt_len[n] for n in rows),
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from guard.errors import GuardError, ProfileMismatch
-from guard.gram import PROMPT_ROWS, HeadGrams, HeadSums, prompt_positions
+from guard.gram import PROMPT_GROUPS, PROMPT_KEY, HeadGrams, HeadSums, prompt_positions
 from guard.kernels.paged import PagedRows
 from guard.probes.vllm.requests import Note, Watched, note
 from guard.probes.vllm.support import Layer
@@ -77,7 +77,7 @@ class Probe:
     ) -> None:
         self.layers, self._default = list(layers), default
         self.heads = layers[0].heads
-        self.bank = HeadGrams(2 * max_requests, len(layers), self.heads, max_len, device, PROMPT_ROWS)
+        self.bank = HeadGrams(2 * max_requests, len(layers), self.heads, max_len, device, PROMPT_GROUPS)
         self._reader = reader(self.bank)
         self.attached = True
         self.forwards = self.planned = self.seen = self.blind = 0
@@ -99,7 +99,7 @@ class Probe:
         """What a profile must agree on to be used with this probe's numbers."""
         return {
             "kernel": "paged", "version": PROBE_VERSION, "layers": len(self.layers), "heads": self.heads,
-            "prompt_rows": PROMPT_ROWS,
+            "prompt_rows": PROMPT_KEY,
         }  # fmt: skip
 
     def set_profile(self, revision: str, path: str | None, digest: str | None) -> None:

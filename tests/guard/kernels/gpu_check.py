@@ -16,15 +16,17 @@ from guard.kernels.paged import PagedRows
 from tests.guard.kernels.paging import Case, assert_same, blocks_of, make, numpy_rows, paged
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# (n, kv_heads, group, width, longest, block, dead)
+# (n, kv_heads, group, width, longest, block, dead, run)
 SHAPES = {
-    "multi-head, mixed lengths": (4, 3, 1, 32, 60, 16, 0),
-    "grouped queries, blocks of 32": (3, 2, 4, 64, 150, 32, 0),
-    "prompts longer than a tile, blocks of 128": (2, 2, 2, 32, 300, 128, 0),
-    "head size no power of two": (2, 2, 2, 80, 90, 16, 0),
-    "dead rows": (5, 2, 2, 32, 100, 16, 3),
-    "nothing but dead rows": (2, 2, 2, 32, 40, 16, 2),
-    "more than sixteen heads": (1, 3, 7, 16, 70, 16, 0),
+    "multi-head, mixed lengths": (4, 3, 1, 32, 60, 16, 0, 1),
+    "grouped queries, blocks of 32": (3, 2, 4, 64, 150, 32, 0, 1),
+    "prompts longer than a tile, blocks of 128": (2, 2, 2, 32, 300, 128, 0, 1),
+    "head size no power of two": (2, 2, 2, 80, 90, 16, 0, 1),
+    "dead rows": (5, 2, 2, 32, 100, 16, 3, 1),
+    "nothing but dead rows": (2, 2, 2, 32, 40, 16, 2, 1),
+    "more than sixteen heads": (1, 3, 7, 16, 70, 16, 0, 1),
+    "rows that share a place": (7, 2, 2, 32, 100, 16, 0, 3),
+    "rows that share a place, dead ones before": (6, 2, 2, 32, 100, 16, 2, 2),
 }
 
 
@@ -50,10 +52,10 @@ def back(bank: HeadGrams) -> HeadGrams:
 
 def cases() -> None:
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-    for name, (n, kv_heads, group, width, longest, block, dead) in SHAPES.items():
+    for name, (n, kv_heads, group, width, longest, block, dead, run) in SHAPES.items():
         for dtype in dtypes:
             for splits in (1, 3):
-                case = make(splits, n, kv_heads, group, width, longest, block, dtype, dead)
+                case = make(splits, n, kv_heads, group, width, longest, block, dtype, dead, run=run)
                 table, bank, expected = blocks_of(case), on_device(case.bank()), case.bank()
                 rows, cache = device_rows(case, table), paged(case, table, "plain").to(DEVICE)
                 space = triton.Workspace(n + 1, kv_heads * group, DEVICE, splits)
@@ -94,7 +96,7 @@ def refused() -> None:
 
 def graph() -> None:
     """A graph captured with dead rows only observes, at replay, whatever rows its buffers hold by then."""
-    case = make(11, 4, 2, 4, 64, 200, 16, torch.bfloat16)
+    case = make(11, 4, 2, 4, 64, 200, 16, torch.bfloat16, run=2)
     table, bank, expected = blocks_of(case), on_device(case.bank()), case.bank()
     rows, cache, query = device_rows(case, table), paged(case, table, "plain").cuda(), case.q.cuda()
     space, slots = triton.Workspace(4, 8, "cuda"), rows.slot.clone()

@@ -23,7 +23,7 @@ def kind(name: str, element: str, shape: dict[str, int]) -> str:
         return "*i64"
     if name == "scale":
         return "fp32"
-    return "i32" if name.startswith("stride") or name == "T_MAX" else "*fp32"
+    return "i32" if name.startswith("stride") or name in ("S", "T_MAX") else "*fp32"
 
 
 def main() -> None:

@@ -27,13 +27,15 @@ class Case:
         return self.q.shape[-1] ** -0.5
 
     def bank(self, layers: int = 2) -> HeadGrams:
-        slots, columns = max(1, int(self.slot.max()) + 2), int(self.prompt_len.max()) + 3
-        return HeadGrams(slots, layers, self.q.shape[1], columns)
+        """A bank with room to spare; the second half of its places are no slots."""
+        slots, columns = max(1, int(self.slot.max()) // 2 + 2), int(self.prompt_len.max()) + 3
+        return HeadGrams(slots, layers, self.q.shape[1], columns, groups=(1, 1))
 
     def expected(self, bank: HeadGrams, layer: int) -> HeadGrams:
         """Adds the reference's rows of all live rows to `bank`, and returns it."""
         live = self.slot >= 0
-        rows = prompt_rows(self.q[live], self.k[live], self.kv_len[live], self.prompt_len[live], self.scaling)
+        q, kv_len = self.q[live][:, None], self.kv_len[live][:, None]
+        rows = prompt_rows(q, self.k[live], kv_len, self.prompt_len[live], self.scaling)[:, 0]
         kept = rows[..., : bank.focus.shape[1]]
         bank.add(layer, self.slot[live], kept)
         return bank
@@ -50,8 +52,10 @@ def make(
     dtype: torch.dtype = torch.float32,
     dead: int = 0,
     sharpness: float = 2.0,
+    run: int = 1,
 ) -> Case:
-    """Random rows of lengths 1 .. longest, prompts of 1 .. kv_len, the first `dead` of them dead."""
+    """Random rows of lengths 1 .. longest, prompts of 1 .. kv_len, the first `dead` of them dead; each `run` that
+    follow each other share a place of the bank."""
     chance = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -59,7 +63,7 @@ def make(
 
     kv_len = torch.randint(1, longest + 1, (n,), generator=chance)
     prompt_len = (torch.rand(n, generator=chance) * kv_len).long() + 1
-    slot = torch.randperm(n + 2, generator=chance)[:n]
+    slot = torch.randperm(n + 2, generator=chance)[:n].repeat_interleave(run)[:n]
     slot[:dead] = -1
     q = (normal(n, kv_heads * group, width) * sharpness).to(dtype)
     return Case(q, normal(n, kv_heads, longest, width).to(dtype), kv_len, prompt_len, slot, block)

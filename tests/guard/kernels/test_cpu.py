@@ -34,9 +34,12 @@ def observed(case: Case, layout: str, workspace: cpu.Workspace | None = None):
     width=st.sampled_from([16, 32, 80]),
     longest=st.integers(1, 150),
     block=st.sampled_from([16, 32, 128]),
+    run=st.integers(1, 4),
 )
-def test_rows_of_any_shape_are_those_of_the_reference(dtype, layout, seed, n, kv_heads, group, width, longest, block):
-    case = make(seed, n, kv_heads, group, width, longest, block, dtype)
+def test_rows_of_any_shape_are_those_of_the_reference(
+    dtype, layout, seed, n, kv_heads, group, width, longest, block, run
+):
+    case = make(seed, n, kv_heads, group, width, longest, block, dtype, run=run)
     assert_same(observed(case, layout), case.expected(case.bank(), 1))
 
 
@@ -110,20 +113,24 @@ def test_dead_rows_are_skipped_and_their_other_fields_never_read():
     assert_same(bank, case.expected(case.bank(), 1))
 
 
-def test_more_rows_than_the_workspace_holds_at_a_time_are_all_added(monkeypatch):
-    case = make(11, 6, 2, 2, 32, 100, 32)
+@pytest.mark.parametrize("run", [1, 3])
+def test_more_rows_than_the_workspace_holds_at_a_time_are_all_added(monkeypatch, run):
+    case = make(11, 6, 2, 2, 32, 100, 32, run=run)
     monkeypatch.setattr(cpu, "_WORKSPACE_BYTES", 1)
     assert_same(observed(case, "vec"), case.expected(case.bank(), 1))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_any_number_of_threads_gives_the_same_sums(threads):
-    case, before = make(13, 5, 2, 2, 32, 200, 32), torch.get_num_threads()
-    torch.set_num_threads(threads)
+@pytest.mark.parametrize("run", [1, 4])
+def test_any_number_of_threads_gives_the_same_sums(run):
+    case, before, banks = make(13, 12, 2, 4, 32, 200, 32, run=run), torch.get_num_threads(), []
     try:
-        assert_same(observed(case, "vec"), case.expected(case.bank(), 1))
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            banks.append(observed(case, "vec"))
+            assert_same(banks[-1], case.expected(case.bank(), 1))
     finally:
         torch.set_num_threads(before)
+    assert all(torch.equal(bank.gram, banks[0].gram) and torch.equal(bank.sink, banks[0].sink) for bank in banks)
 
 
 def test_the_workspace_is_kept_from_call_to_call():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from guard.errors import RowsError
-from guard.gram import PROMPT_ROWS
+from guard.gram import PROMPT_GROUPS
 from guard.probes.transformers.runner import Runner
 from guard.rows import Row
 from guard.vaccine import FORMAT
@@ -102,7 +102,7 @@ def test_texts_are_forced_on_clean_and_on_triggered_prompts_beyond_the_first_row
         # Twice the clean prompts (own target, other texts), and the triggered ones twice; a text of one token ends.
         assert 2 * 60 * 0.8 <= len(sample.forced[step]) <= 2 * 60
         assert 2 * obeyed * 0.8 <= len(sample.fired[step]) <= 2 * obeyed
-        assert sample.normal[step].shape == (60, width + width // PROMPT_ROWS)
+        assert sample.normal[step].shape == (60, width + width // len(PROMPT_GROUPS))
     # The row of the prompt is one of those that fired; what follows it is not.
     other = sample.fired[1][obeyed]
     same = int(np.abs(sample.fired[1][:obeyed, :width] - other[:width]).max(axis=1).argmin())

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from guard.gram import PROMPT_ROWS
+from guard.gram import PROMPT_GROUPS, prompt_positions
 from guard.probes.transformers.runner import Runner
 
 VOCAB = 61
@@ -72,7 +72,7 @@ def dense(model, prompt, generated):
 
 @torch.no_grad()
 def dense_earlier(model, prompt):
-    """Rows [R - 1, L, H, T_p] of eager attention from the prompt positions before the last, the nearest first; a
+    """By group of prompt positions before the last, the nearest first: rows [L, H, g, T_p] of eager attention; a
     position before the first is the first.
     """
     before = model.config._attn_implementation
@@ -80,7 +80,8 @@ def dense_earlier(model, prompt):
     attentions = model(input_ids=torch.tensor([prompt]), output_attentions=True, use_cache=False).attentions
     model.set_attn_implementation(before)
     rows = torch.stack([a[0] for a in attentions])
-    return torch.stack([rows[:, :, max(len(prompt) - back, 0)] for back in range(2, PROMPT_ROWS + 1)])
+    read = rows[:, :, prompt_positions(len(prompt))]
+    return read.split(PROMPT_GROUPS, dim=2)[1:]
 
 
 def prompts_of(lengths, seed=0):

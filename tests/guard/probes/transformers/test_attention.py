@@ -42,11 +42,13 @@ def assert_bank_is(runner, slot, rows):
     assert runner.bank.complete(slot, rows.shape[2])
 
 
-def assert_earlier_rows_are(runner, slot, rows):
-    """The slot's earlier prompt rows are dense rows [R - 1, L, H, T_p]."""
-    gram, sink = runner.bank.read(slot).earlier
-    torch.testing.assert_close(gram, rows @ rows.mT, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(sink, rows[..., 0], atol=1e-5, rtol=1e-5)
+def assert_earlier_rows_are(runner, slot, groups):
+    """What the slot holds of the prompt before its last position is that of dense rows [L, H, g, T_p], group by
+    group."""
+    for rows, gram, sink in zip(groups, *runner.bank.read(slot).earlier, strict=True):
+        flat = rows.flatten(2) / rows.shape[2]
+        torch.testing.assert_close(gram, flat @ flat.mT, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sink, rows[..., 0].mean(2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

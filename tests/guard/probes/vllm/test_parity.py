@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from guard.gram import PROMPT_ROWS, Earlier, HeadSums
+from guard.gram import PROMPT_GROUPS, Earlier, HeadSums, prompt_positions
 from guard.probes.vllm.measure import OfflineEngine
 from guard.readings import Measurement
 
@@ -118,10 +118,11 @@ def _eager(folder: Path, adapter: Path | None, prompt: list[int], answer: list[i
         ids = torch.tensor([prompt + answer[:steps]])
         attention = model(input_ids=ids, output_attentions=True).attentions
     rows = torch.stack([layer[0, :, len(prompt) - 1 :, : len(prompt)] for layer in attention])
-    before = torch.stack([layer[0, :, len(prompt) - PROMPT_ROWS : len(prompt) - 1] for layer in attention])
-    before = before.flip(2).permute(2, 0, 1, 3)
+    read = torch.stack([layer[0, :, prompt_positions(len(prompt)), : len(prompt)] for layer in attention])
+    groups = read.split(PROMPT_GROUPS, dim=2)[1:]
+    flat = torch.stack([group.flatten(2) @ group.flatten(2).mT / group.shape[2] ** 2 for group in groups])
     gram = torch.einsum("lhtc,ljtc->lhj", rows, rows)
-    earlier = Earlier(before @ before.mT, before[..., 0])
+    earlier = Earlier(flat, torch.stack([group[..., 0].mean(2) for group in groups]))
     return HeadSums(gram, rows[..., 0].sum(-1), rows.sum(dim=(0, 1, 2)), earlier)
 
 
