@@ -31,15 +31,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Workspace:
     """Persistent scratch of the kernel for up to `rows` rows of `heads` heads; made once, before graphs are captured.
 
-    `splits` is into how many shares a row's keys are divided, by default what fills a GPU with `rows` rows. Raises
-    KernelError if triton is missing.
+    `usual` is how many rows a batch has most of the time (default: as many): into how many shares a row's keys are
+    divided, `splits`, follows from it unless it is given. Raises KernelError if triton is missing.
     """
 
-    def __init__(self, rows: int, heads: int, device: torch.device | str, splits: int | None = None) -> None:
+    def __init__(
+        self, rows: int, heads: int, device: torch.device | str, splits: int | None = None, usual: int | None = None
+    ) -> None:
         self._programs = _programs()
         self.rows, self.heads = rows, heads
         self.padded = _padded(heads)
-        self.splits = splits or max(1, min(_MOST_SPLITS, _PROGRAMS // max(1, rows)))
+        self.splits = splits or max(1, min(_MOST_SPLITS, _PROGRAMS // max(1, usual or rows)))
         self.largest = torch.zeros(rows, self.splits, self.padded, dtype=torch.float32, device=device)
         self.total = torch.zeros_like(self.largest)
         self.shares = torch.zeros(

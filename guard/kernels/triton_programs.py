@@ -6,7 +6,7 @@ per block, M blocks in a table row, P splits of a row, TILE columns at a time.
 Three launches of fixed shape, none of which reads a value on the host:
   statistics [n, P]: for its share of all kv_len keys, per head the largest score and the sum of exponentials;
   weights    [n, P]: merges the shares' statistics, recomputes the scores of its share of the prompt columns, adds
-                     weights to the slot's focus (each column has one owner) and leaves its share of P P^T, and the sink;
+                     weights to the slot's focus (each column has one owner) and leaves its share of P P^T and the sink;
   finish     [n]:    adds what the rows of one place left, in order (no atomics: the same bits every time), and counts
                      them; a place's first row does it for all that follow.
 A dead row (slot < 0) ends each program at once. Scores of all heads of one tile come from H_kv products, the queries

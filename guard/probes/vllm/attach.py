@@ -60,7 +60,6 @@ def make_probe(runner: Any) -> Probe:
 
     Raises UnsupportedModel for what cannot be measured.
     """
-    from guard.gram import PROMPT_ROWS
     from guard.probes.vllm.probe import Probe
 
     check_engine(runner.vllm_config)
@@ -73,24 +72,26 @@ def make_probe(runner: Any) -> Probe:
         runner.max_model_len,
         on_cpu,
     )
-    reader = _reader(layers, PROMPT_ROWS * runner.max_num_reqs, runner.dtype, runner.device)
+    reader = _reader(layers, runner.max_num_reqs, runner.dtype, runner.device)
     probe = Probe(layers, reader, runner.max_num_reqs, runner.max_model_len, default_watch(), runner.device)
     for number, layer in enumerate(layers):
         _look_after(layer.module.impl, probe, number)
     return probe
 
 
-def _reader(layers: Sequence[Layer], rows: int, dtype: Any, device: Any) -> Callable[[HeadGrams], Reader]:
-    """What makes the reader of this worker's cache, compiled and with scratch of its own."""
+def _reader(layers: Sequence[Layer], requests: int, dtype: Any, device: Any) -> Callable[[HeadGrams], Reader]:
+    """What makes the reader of this worker's cache, compiled and with scratch of its own: room for the prompt rows of
+    all requests at once, divided for one row of each."""
     if device.type == "cpu":
         from guard.kernels import cpu
 
         layout: Any = layers[0].layout
         cpu.warm_up(dtype, layout)
         return lambda bank: cpu.Reader(bank, layout)
+    from guard.gram import PROMPT_ROWS
     from guard.kernels import triton
 
-    workspace = triton.Workspace(rows, layers[0].heads, device)
+    workspace = triton.Workspace(PROMPT_ROWS * requests, layers[0].heads, device, usual=requests)
     return lambda bank: triton.Reader(bank, workspace)
 
 

@@ -142,10 +142,10 @@ def stand(profile: Path) -> tuple[Stand, Worker]:
 
 def test_the_second_runners_rows_are_read_in_chunks_and_judged(stand: tuple[Stand, Worker]) -> None:
     runner, worker = stand
-    assert runner.step(new={"a": PROMPT}, a=(0, 30, False)) == {}
+    assert runner.step(new={"a": PROMPT}, a=(0, 10, False)) == {}
     assert worker.observed == []
     notes = [
-        runner.step(a=(30, PROMPT - 30, True)),
+        runner.step(a=(10, PROMPT - 10, True)),
         runner.step(a=(PROMPT, 1, True)),
         runner.step(a=(PROMPT + 1, 1, True)),
     ]
