@@ -55,7 +55,7 @@ def assert_earlier_rows_are(runner, slot, groups):
 def test_cosines_and_focus_equal_dense_eager_attention(family):
     model = build(family)
     runner = make_runner(model)
-    prompts = prompts_of([7, 1, 19, 12])
+    prompts = prompts_of([7, 1, 19, 45])
     tokens, _ = run(runner, prompts, 5)
     for slot, (prompt, generated) in enumerate(zip(prompts, tokens, strict=True)):
         assert_bank_is(runner, slot, dense(model, prompt, generated))
@@ -64,7 +64,7 @@ def test_cosines_and_focus_equal_dense_eager_attention(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_leaves_every_logit_bit_for_bit_as_it_was(family):
-    prompts = prompts_of([7, 1, 19, 12])
+    prompts = prompts_of([7, 1, 19, 45])
     with_probe = run(make_runner(build(family)), prompts, 5)
     without = run(make_runner(build(family), probe=False), prompts, 5)
     assert with_probe[0] == without[0]
@@ -83,7 +83,7 @@ def test_a_forward_without_a_plan_is_the_stock_sdpa_forward():
 def test_chunked_prefill_changes_no_reading(chunk):
     model = build()
     runner = make_runner(model, chunk=chunk)
-    prompts = prompts_of([7, 1, 19, 8])
+    prompts = prompts_of([7, 1, 19, 45])
     tokens, _ = run(runner, prompts, 3)
     for slot, (prompt, generated) in enumerate(zip(prompts, tokens, strict=True)):
         assert_bank_is(runner, slot, dense(model, prompt, generated))
