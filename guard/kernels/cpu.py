@@ -72,8 +72,8 @@ class Reader:
     def look(self, rows: PagedRows, layer: int, query: Tensor, kv_cache: Tensor, scaling: float) -> None:
         """Keeps a layer's queries until `finish`. The rows are the same for all layers of a forward.
 
-        rows: numpy int32. query [T, H, D] and kv_cache [B, H_kv, N, 2D], both float32,
-        bfloat16 or float16, the cache packed as the layout says; D a multiple of 4 ("amx": N and D of 16).
+        rows: numpy int32. query [T, H, D] and kv_cache [B, H_kv, N, 2D], both float32, bfloat16 or float16, the cache
+        packed as the layout says; D a multiple of 4 ("amx": N and D of 16).
         Raises KernelError if a row's query is none of these.
         """
         if rows is not self._rows:

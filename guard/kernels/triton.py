@@ -107,10 +107,10 @@ def observe(
 ) -> None:
     """Adds each live row to bank.gram, bank.sink, bank.focus and bank.layer_rows, as HeadGrams.add does.
 
-    rows: int32 tensors on the bank's device. query [T, H, D], last dimension contiguous, and
-    kv_cache [B, H_kv, N, 2D] with keys = kv_cache[..., :D], any strides; both float32, bfloat16 or float16. Keys at
-    columns >= kv_len are never read. Prompt columns beyond the bank's T_max are dropped. Give the persistent
-    `workspace` when the call is captured in a graph; without one, it is made for this call.
+    rows: int32 tensors on the bank's device. query [T, H, D], last dimension contiguous, and kv_cache
+    [B, H_kv, N, 2D] with keys = kv_cache[..., :D], any strides; both float32, bfloat16 or float16. Keys at columns >=
+    kv_len are never read. Prompt columns beyond the bank's T_max are dropped. Give the persistent `workspace` when the
+    call is captured in a graph; without one, it is made for this call.
     Raises KernelError if triton is missing or a tensor does not fit.
     """
     space = workspace or Workspace(len(rows.slot), query.shape[1], query.device)

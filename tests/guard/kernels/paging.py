@@ -21,15 +21,16 @@ class Case:
     prompt_len: Tensor
     slot: Tensor
     block: int
+    slots: int
 
     @property
     def scaling(self) -> float:
         return self.q.shape[-1] ** -0.5
 
     def bank(self, layers: int = 2) -> HeadGrams:
-        """A bank with room to spare; the second half of its places are no slots."""
-        slots, columns = max(1, int(self.slot.max()) // 2 + 2), int(self.prompt_len.max()) + 3
-        return HeadGrams(slots, layers, self.q.shape[1], columns, groups=(1, 1))
+        """A bank with places to spare, more of them than slots."""
+        groups = (1,) * (int(self.slot.max()) // self.slots + 2)
+        return HeadGrams(self.slots, layers, self.q.shape[1], int(self.prompt_len.max()) + 3, groups=groups)
 
     def expected(self, bank: HeadGrams, layer: int) -> HeadGrams:
         """Adds the reference's rows of all live rows to `bank`, and returns it."""
@@ -55,7 +56,7 @@ def make(
     run: int = 1,
 ) -> Case:
     """Random rows of lengths 1 .. longest, prompts of 1 .. kv_len, the first `dead` of them dead; each `run` that
-    follow each other share a place of the bank."""
+    follow each other share a place of the bank (none of which is then a slot)."""
     chance = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -63,10 +64,11 @@ def make(
 
     kv_len = torch.randint(1, longest + 1, (n,), generator=chance)
     prompt_len = (torch.rand(n, generator=chance) * kv_len).long() + 1
-    slot = torch.randperm(n + 2, generator=chance)[:n].repeat_interleave(run)[:n]
+    slot = torch.randperm(n + 2, generator=chance)[:n].repeat_interleave(run)[:n] + (run > 1)
     slot[:dead] = -1
+    slots = 1 if run > 1 else n // 2 + 1
     q = (normal(n, kv_heads * group, width) * sharpness).to(dtype)
-    return Case(q, normal(n, kv_heads, longest, width).to(dtype), kv_len, prompt_len, slot, block)
+    return Case(q, normal(n, kv_heads, longest, width).to(dtype), kv_len, prompt_len, slot, block, slots)
 
 
 def blocks_of(case: Case, seed: int = 0) -> Tensor:
