@@ -115,7 +115,7 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
             if step in group and len(group[step]):
                 into.append(scale.standardised(group[step]))
     empty = np.empty((0, 0))
-    # In double precision: weights that decay for nothing become denormal in single, and one pass takes ten times as long.
+    # In double precision: in single, weights that decay for nothing become denormal, and a pass takes ten times as long.
     together = [np.concatenate(group, dtype=np.float64) if group else empty for group in (quiet, fired)]
     return together[0], together[1]
 
