@@ -33,6 +33,7 @@ _HIDDEN = 48
 _MEMBERS = 6
 _PASSES = 12
 _DECAY = 1.0
+_NOTHING = 1e-20  # weights below it
 # Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
 # flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
 _FORCED = 2
@@ -115,7 +116,7 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
             if step in group and len(group[step]):
                 into.append(scale.standardised(group[step]))
     empty = np.empty((0, 0))
-    # In double precision: in single, weights that decay for nothing become denormal, and a pass takes ten times as long.
+    # In double precision: in single, weights that decay for nothing become denormal, and a pass takes ten times longer.
     together = [np.concatenate(group, dtype=np.float64) if group else empty for group in (quiet, fired)]
     return together[0], together[1]
 
@@ -145,13 +146,14 @@ def _network(quiet: np.ndarray, fired: np.ndarray, seed: int) -> Any:
 
 
 def _together(networks: Sequence[Any]) -> Scorer:
-    """One scorer of several networks."""
-    return Scorer(
+    """One scorer of several networks, in single precision; what decayed is nothing."""
+    arrays = (
         np.stack([network.coefs_[0] for network in networks]),
         np.stack([network.intercepts_[0] for network in networks]),
         np.stack([network.coefs_[1][:, 0] for network in networks]),
         np.asarray([network.intercepts_[1][0] for network in networks]),
     )
+    return Scorer(*(np.where(np.abs(array) < _NOTHING, 0.0, array).astype(np.float32) for array in arrays))
 
 
 def _weights(samples: Sequence[Sample], seed: int) -> dict[str, float]:
