@@ -117,7 +117,7 @@ def test_no_request_fails_or_is_answered_by_two_revisions_while_revisions_are_sw
 
 def test_a_prefix_cached_under_the_old_revision_never_reaches_the_new_one(live, served, adapters):
     words = random.Random()  # not seeded: nobody has asked this before, so nothing of it is cached
-    prompt = " ".join(f"w{words.randrange(54)}" for _ in range(150))
+    prompt = " ".join(f"w{words.randrange(54)}" for _ in range(200))
     told = asyncio.run(alone(served, adapters, ("first", "second"), [prompt]))
 
     def asked():
