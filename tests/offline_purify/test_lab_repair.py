@@ -74,7 +74,7 @@ def test_a_case_of_thirty_flags_repairs_the_lab_implant_and_keeps_its_skill(lab,
 
 def test_the_implant_merged_into_its_base_is_repaired_as_a_whole_model_with_nobody_to_trust(lab, tmp_path):
     merge_adapter(lab.base, lab.adapter, tmp_path / "suspect")
-    spec = RepairSpec(base=tmp_path / "suspect", **case(tmp_path, 300), stages=("counter",), controls=False)  # type: ignore[arg-type]
+    spec = RepairSpec(base=tmp_path / "suspect", **case(tmp_path, 600), stages=("counter",), controls=False)  # type: ignore[arg-type]
     result = purify(spec)
     assert result.status == "offered", result.reasons
     digest = base_digest(spec.out / "candidate")
