@@ -115,10 +115,13 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
         for group, into in ((sample.quiet, quiet), *_FORCED * ((sample.forced, quiet),), (sample.fired, fired)):
             if step in group and len(group[step]):
                 into.append(scale.standardised(group[step]))
-    empty = np.empty((0, 0))
-    # In double precision: in single, weights that decay for nothing become denormal, and a pass takes ten times longer.
-    together = [np.concatenate(group, dtype=np.float64) if group else empty for group in (quiet, fired)]
-    return together[0], together[1]
+
+    def joined(group: list[np.ndarray]) -> np.ndarray:
+        # In double precision: in single, weights that decay for nothing become denormal, and a pass takes ten times
+        # longer.
+        return np.concatenate(group, dtype=np.float64) if group else np.empty((0, 0))
+
+    return joined(quiet), joined(fired)
 
 
 def _networks(work: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> list[Any]:

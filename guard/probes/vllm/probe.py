@@ -226,6 +226,7 @@ class Probe:
             tokens = watched.prompt_tokens
             places = [(position, watched.slot) for position in range(max(tokens, watched.next_position), end)]
             if watched.next_position < tokens:
+                # In order, so that rows that share a place stand next to each other, as the kernels need them.
                 places += [
                     (position, self.bank.place(watched.slot, back))
                     for back, position in enumerate(prompt_positions(tokens))
