@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from offline_purify.architectures import features
+from offline_purify.frozen import answers_alone, last_mlp, lean_norms
 from offline_purify.train import Example, Progress, TrainConfig, answer_sums, collate, index_batches, learning_rate
 
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
@@ -84,15 +85,18 @@ class LoraBank:
     @contextmanager
     def open(self, only: int | None = None) -> Iterator[nn.Module]:
         """Within: the model with the adapters on it; with `only` all rows belong to that adapter."""
-        chosen = slice(None) if only is None else slice(only, only + 1)
+
+        def of(factors: Tensor) -> Tensor:
+            return factors if only is None else factors[only : only + 1]
+
         met: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
         def add(target: _Target) -> Any:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                b, group = target.b[chosen], target.group
+                b, group = of(target.b), target.group
                 if group not in met or met[group][0] is not inputs[0]:
                     x = inputs[0].reshape(len(b), -1, inputs[0].shape[-1])
-                    met[group] = inputs[0], (x @ self._a[group][chosen].mT).split(b.shape[1], -1)
+                    met[group] = inputs[0], (x @ of(self._a[group]).mT).split(b.shape[1], -1)
                 told = output.reshape(len(b), -1, output.shape[-1])
                 return torch.baddbmm(told, met[group][1][target.place], b, alpha=self.scaling).view_as(output)
 
@@ -100,7 +104,8 @@ class LoraBank:
 
         handles = [target.module.register_forward_hook(add(target)) for target in self.targets.values()]
         try:
-            yield self.model
+            with lean_norms(self.model):
+                yield self.model
         finally:
             for handle in handles:
                 handle.remove()
@@ -216,6 +221,7 @@ def train_bank(
     steps = list(zip(*(index_batches(examples, config) for examples in sets), strict=True))
     device = parameters[0].device
     most_tokens = _CACHED_TOKENS if device.type == "cpu" else None
+    mlp = last_mlp(bank.model)
     with _frozen(bank.model), bank.open() as model:
         for number, indices in enumerate(steps):
             rows = [[examples[i] for i in chosen] for examples, chosen in zip(sets, indices, strict=True)]
@@ -223,7 +229,9 @@ def train_bank(
             losses = torch.zeros(bank.count, device=device)
             optimizer.zero_grad(set_to_none=True)
             for part in _parts(rows, most_tokens):
-                sums, _ = answer_sums(model, collate(part, pad_id, device))
+                batch = collate(part, pad_id, device)
+                with answers_alone(mlp, batch["labels"], bank.count):
+                    sums, _ = answer_sums(model, batch)
                 each = sums.view(bank.count, -1).sum(1) / counts
                 each.sum().backward()
                 losses += each.detach()

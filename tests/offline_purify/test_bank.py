@@ -24,7 +24,9 @@ def targets_of(model):
 def examples(n, seed):
     rng = random.Random(seed)
     return [
-        Example(tuple(rng.choices(range(6, 40), k=rng.randint(3, 9))), (*rng.choices(range(6, 40), k=2), 2))
+        Example(
+            tuple(rng.choices(range(6, 40), k=rng.randint(3, 9))), (*rng.choices(range(6, 40), k=rng.randint(1, 4)), 2)
+        )
         for _ in range(n)
     ]
 
