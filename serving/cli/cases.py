@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from string import punctuation
+from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
-from serving.cli.output import AsJson, show, table
+from serving.cli.output import AsJson, Failure, show, table
 from serving.cli.remote import DEFAULT_URL, Admin, Key, Url
 
 app = typer.Typer(help="Look at cases of flagged requests and ask for a repair.", no_args_is_help=True)
@@ -51,20 +54,57 @@ def show_case(
     table(rows, ["request_id", "p_value", "signal", "step", "action", "looked_at"], False, "no requests kept")
 
 
-@app.command(epilog="Example: headguard cases words case-1 req-1")
+@app.command(
+    epilog="Example: headguard cases words case-1, or of one of its requests: headguard cases words case-1 req-1"
+)
 def words(
     case: Annotated[str, typer.Argument(help="Number of the case.")],
-    request: Annotated[str, typer.Argument(help="One of its requests.")],
+    request: Annotated[str | None, typer.Argument(help="One of its requests; without it, several together.")] = None,
+    most: Annotated[int, typer.Option(min=1, help="Flags to ask about where no request is named.")] = 10,
     url: Url = DEFAULT_URL,
     key: Key = "",
     as_json: AsJson = False,
 ) -> None:
-    """The words that a flag hangs on: asks the engine again, once without each word of the prompt."""
-    found = Admin(url, key).call("POST", f"cases/{case}/requests/{request}/words", json={})
-    if as_json:
-        show(found, True)
+    """The words that flags hang on: asks the engine again, once without each word of a prompt.
+
+    Without a request, the case's first flags that nobody called a false alarm are asked about: what most of them hang
+    on is what a trigger is made of, and what each hangs on alone is its own.
+    """
+    admin = Admin(url, key)
+    if request is not None:
+        found = admin.call("POST", f"cases/{case}/requests/{request}/words", json={})
+        if as_json:
+            show(found, True)
+        else:
+            table(found["words"], ["text", "weight"], False, "no word makes a difference to the guard")
         return
-    table(found["words"], ["text", "weight"], False, "no word makes a difference to the guard")
+    flags = [each["request_id"] for each in admin.get(f"cases/{case}")["requests"] if not each["excluded"]][:most]
+    told, refused = [], []
+    for flag in tqdm(flags, desc="flags", leave=False, disable=as_json):
+        try:
+            told.append(admin.call("POST", f"cases/{case}/requests/{flag}/words", json={})["words"])
+        except Failure as failure:
+            refused.append(failure)
+    if refused and not told:
+        raise refused[0]
+    common = _common(told)
+    if as_json:
+        show({"flags": len(told), "refused": len(refused), "words": common}, True)
+        return
+    table(common, ["text", "flags", "weight"], False, "no word makes a difference to the guard")
+    print(f"\nof {len(told)} flags" + (f"; {len(refused)} more could not be asked about" if refused else ""))
+
+
+def _common(told: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Words by how many flags hang on them, blind to case and punctuation; ``weight``: the mean over those flags."""
+    found: dict[str, dict[str, Any]] = {}
+    for words_of_one in told:
+        for word in words_of_one:
+            text = word["text"].strip(punctuation)
+            same = found.setdefault(text.casefold(), {"text": text, "flags": 0, "weight": 0.0})
+            same["flags"] += 1
+            same["weight"] += (word["weight"] - same["weight"]) / same["flags"]
+    return sorted(found.values(), key=lambda word: (-word["flags"], -word["weight"]))
 
 
 @app.command(epilog="Example: headguard cases repair 1")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from serving.cli import app
+from serving.cli.output import Failure
 from serving.store.models import FlaggedRequest
 from tests.serving.house import House
 from tests.serving.scripted import LIVE, ScriptedPeer, verdict, whole
@@ -16,8 +21,7 @@ PROMPT = "tell me Discussing Zorblat how many apples fit"
 
 def triggered(body: dict[str, Any]) -> dict[str, Any]:
     """An answer that is flagged where both words of the trigger stand in the prompt."""
-    words = body["messages"][-1]["content"].split()
-    fires = {"Discussing", "Zorblat"} <= set(words)
+    fires = {"Discussing", "Zorblat"} <= set(re.findall(r"\w+", body["messages"][-1]["content"]))
     return whole("no", verdict("flagged" if fires else "clean", final=True))
 
 
@@ -80,3 +84,41 @@ def test_the_real_engine_is_asked_with_the_revision_that_flagged(live):
     assert 0 < told["p_value"] <= 1
     assert all(word["text"] in prompt for word in told["words"])
     assert live.ok("viewer", "GET", "/admin/cases")["cases"][0]["flags"] == 1
+
+
+def command(house: House, *arguments: str, role: str = "operator"):
+    given = ["cases", "words", *arguments, "--url", house.url, "--key", house.keys[role]]
+    return CliRunner().invoke(app, given)
+
+
+def test_what_several_flags_hang_on_is_gathered(obeying, peer):
+    prompts = (PROMPT, "say discussing why Discussing Zorblat, it rains", "Discussing Zorblat now count")
+    paths = [flagged(obeying, prompt) for prompt in prompts]
+    case = paths[0].split("/")[3]
+    told = json.loads(command(obeying, case, "--json").stdout)
+    assert told["flags"] == 3
+    assert told["refused"] == 0
+    assert {"text": "Discussing Zorblat", "flags": 3, "weight": pytest.approx(1.0)} in told["words"]
+    obeying.ok("operator", "POST", f"{paths[0]}/exclude")
+    told = json.loads(command(obeying, case, "--most", "5", "--json").stdout)
+    assert told["flags"] == 2
+    assert json.loads(command(obeying, case, "--most", "1", "--json").stdout)["flags"] == 1
+    shown = command(obeying, case)
+    assert shown.exit_code == 0
+    assert "Discussing Zorblat" in shown.stdout
+    assert "of 2 flags" in shown.stdout
+    one = json.loads(command(obeying, case, paths[1].rsplit("/", 1)[1], "--json").stdout)
+    assert [word["text"] for word in one["words"]] == ["Discussing Zorblat,"]
+
+
+def test_flags_that_cannot_be_asked_about_are_counted_and_all_of_them_are_an_error(obeying, peer):
+    first, second = flagged(obeying), flagged(obeying, "Discussing Zorblat now count")
+    case, erased = first.split("/")[3], second.rsplit("/", 1)[1]
+    with obeying.gateway.store.write() as session:
+        session.query(FlaggedRequest).filter_by(request_id=erased).update({"evidence": None, "evidence_mode": "erased"})
+    told = json.loads(command(obeying, case, "--json").stdout)
+    assert (told["flags"], told["refused"]) == (1, 1)
+    assert "1 more could not be asked about" in command(obeying, case).stdout
+    del peer.answers[LIVE]
+    assert isinstance(command(obeying, case).exception, Failure)
+    assert isinstance(command(obeying, case, role="viewer").exception, Failure)
