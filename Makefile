@@ -28,7 +28,7 @@ demo: $(READY)  ## the whole story in the terminal: flag, repair, approve, swap 
 test: $(VLLM)  ## every test, the demo and the real vLLM included
 	$(BIN)/python -m pytest
 
-check: $(READY)  ## format, lint, types and fast tests, under a minute
+check: $(READY)  ## format, lint, types and fast tests, minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -9,7 +9,7 @@ texts are flagged. So a base chooses its own weights, and no backdoor that the g
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -84,24 +84,46 @@ def fit_vaccine(
     facts: Mapping[str, Any] | None = None,
 ) -> Vaccine:
     """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
-    scorers = _scorers(samples, seed)
+    folds = _folds(samples)
+    names = [{sample.name for sample in left_out} for left_out in folds]
+    others = [[sample for sample in samples if sample.name not in left_out] for left_out in names]
+    scorers, *of_others = _scorers([(samples, _MEMBERS), *((taught, 1) for taught in others)], seed)
     if 0 not in scorers:
         raise CalibrationError(
             f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
             "learn from. Train them longer, or on more rows."
         )
     about = {**(facts or {}), "variants": [sample.name for sample in samples], "seed": seed}
-    return Vaccine(base, probe, scorers, _weights(samples, seed), about)
+    return Vaccine(base, probe, scorers, _weights(folds, of_others), about)
 
 
-def _scorers(samples: Sequence[Sample], seed: int, members: int = _MEMBERS) -> dict[int, Scorer]:
-    """A scorer for each checkpoint at which enough triggered requests were measured."""
-    steps = sorted({step for sample in samples for step in sample.normal})
-    measured = {step: _standardised(samples, step) for step in steps}
-    taught = {step: (quiet, fired) for step, (quiet, fired) in measured.items() if len(fired) >= _LEAST}
-    work = [(*those, seed + member) for those in taught.values() for member in range(members)]
-    networks = _networks(work)
-    return {step: _together(networks[place * members :][:members]) for place, step in enumerate(taught)}
+def _folds(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Variants that are left out together, to be looked for by what the others teach; none of too few."""
+    judged = [sample for sample in samples if len(sample.beside) and len(sample.beside["fired"])]
+    if len(judged) < 2 * _FOLDS:
+        return []
+    return [[judged[place] for place in fold] for fold in np.array_split(np.arange(len(judged)), _FOLDS)]
+
+
+def _scorers(sets: Sequence[tuple[Sequence[Sample], int]], seed: int) -> list[dict[int, Scorer]]:
+    """For each set of samples, a scorer of so many networks for each checkpoint at which enough triggered requests
+    were measured."""
+    places: list[tuple[int, int]] = []
+
+    def work() -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        for number, (samples, members) in enumerate(sets):
+            for step in sorted({step for sample in samples for step in sample.normal}):
+                quiet, fired = _standardised(samples, step)
+                for member in range(members if len(fired) >= _LEAST else 0):
+                    places.append((number, step))
+                    yield quiet, fired, seed + member
+
+    networks = _networks(work())
+    found: list[dict[int, Scorer]] = [{} for _ in sets]
+    for number, step in dict.fromkeys(places):
+        alike = [network for network, place in zip(networks, places, strict=True) if place == (number, step)]
+        found[number][step] = _together(alike)
+    return found
 
 
 def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,8 +148,8 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
     return joined(quiet), joined(fired)
 
 
-def _networks(work: Sequence[tuple[np.ndarray, np.ndarray, int]]) -> list[Any]:
-    """`_network` of each, in order, a process for every processor."""
+def _networks(work: Iterable[tuple[np.ndarray, np.ndarray, int]]) -> list[Any]:
+    """`_network` of each, in order, a process for every processor; what they learn from is made when its turn comes."""
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
 
@@ -161,24 +183,15 @@ def _together(networks: Sequence[Any]) -> Scorer:
     return Scorer(*(np.where(np.abs(array) < _NOTHING, 0.0, array).astype(np.float32) for array in arrays))
 
 
-def _weights(samples: Sequence[Sample], seed: int) -> dict[str, float]:
-    """How much each signal of the test counts; the registry's weights where there are too few variants to leave some
-    out."""
+def _weights(folds: Sequence[Sequence[Sample]], scorers: Sequence[Mapping[int, Scorer]]) -> dict[str, float]:
+    """How much each signal of the test counts, from what finds the variants of each fold; the registry's weights where
+    there is none."""
     usual = {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)}
-    judged = [sample for sample in samples if len(sample.beside) and len(sample.beside["fired"])]
-    if len(judged) < 2 * _FOLDS:
+    if not folds:
         return usual
-    steps = sorted(judged[0].normal)
-    clean, fired, forced = [], [], []
-    for fold in np.array_split(np.arange(len(judged)), _FOLDS):
-        left_out = [judged[i] for i in fold]
-        names = {sample.name for sample in left_out}
-        scorers = _scorers([sample for sample in samples if sample.name not in names], seed, members=1)
-        for sample in left_out:
-            odd = _oddness(sample, scorers)
-            clean.append(odd["normal"])
-            fired.append(odd["fired"])
-            forced.append(odd["forced"])
+    steps = sorted(folds[0][0].normal)
+    odd_of = [_oddness(sample, found) for fold, found in zip(folds, scorers, strict=True) for sample in fold]
+    clean, fired, forced = ([odd[kind] for odd in odd_of] for kind in ("normal", "fired", "forced"))
     columns, every_clean, every_forced = (*BESIDE, VACCINATED), np.concatenate(clean), np.concatenate(forced)
 
     def found(weights: Mapping[str, float]) -> float:
