@@ -146,7 +146,7 @@ SIGNALS: dict[str, Signal] = {
             fit=_fit_vaccinated,
             score=_vaccinated,
             weight=2.0,
-            margin=1.0,  # what it reads there is the text as well: fewer forced texts are flagged (docs/vaccine.md)
+            margin=0.5,  # what it reads there is the text as well: fewer forced texts are flagged (docs/vaccine.md)
         ),
         Signal(
             "focus",

@@ -42,9 +42,7 @@ _FEWEST = 20  # normal requests of one variant that what is normal at a checkpoi
 _FOLDS = 3  # as many as the default plan makes passes over the families: siblings of each family are left to teach
 _TRIED = (0.25, 0.5, 1.0, 2.0)  # weights of each signal beside the vaccine's, which keeps its own
 _ALPHA = 0.01
-# Of forced texts that may be flagged. On implants, whose triggers no variant has, they are flagged half as often again
-# (docs/vaccine.md), and 0.05 is the most that is wanted there.
-_MOST_FORCED = 0.03
+_MOST_FORCED = 0.05  # of forced texts that may be flagged
 
 
 def oddness_beside(

@@ -28,7 +28,7 @@ from guard.errors import ProfileMismatch
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/8"
+FORMAT = "headguard.vaccine/7"
 _MEANING = ("version", "layers", "heads", "prompt_rows")
 
 
