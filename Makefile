@@ -28,7 +28,7 @@ demo: $(READY)  ## the whole story in the terminal: flag, repair, approve, swap 
 test: $(VLLM)  ## every test, the demo and the real vLLM included
 	$(BIN)/python -m pytest
 
-check: $(READY)  ## format, lint, types and fast tests, minutes
+check: $(READY)  ## format, lint, types and fast tests, a few minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -70,19 +70,24 @@ def words(
     Without a request, the case's first flags that nobody called a false alarm are asked about: what most of them hang
     on is what a trigger is made of, and what each hangs on alone is its own.
     """
-    admin = Admin(url, key)
+    admin, none = Admin(url, key), "no word makes a difference to the guard"
+
+    def ask(flag: str) -> dict[str, Any]:
+        answer: dict[str, Any] = admin.call("POST", f"cases/{case}/requests/{flag}/words", json={})
+        return answer
+
     if request is not None:
-        found = admin.call("POST", f"cases/{case}/requests/{request}/words", json={})
+        found = ask(request)
         if as_json:
             show(found, True)
         else:
-            table(found["words"], ["text", "weight"], False, "no word makes a difference to the guard")
+            table(found["words"], ["text", "weight"], False, none)
         return
     flags = [each["request_id"] for each in admin.get(f"cases/{case}")["requests"] if not each["excluded"]][:most]
     told, refused = [], []
     for flag in tqdm(flags, desc="flags", leave=False, disable=as_json):
         try:
-            told.append(admin.call("POST", f"cases/{case}/requests/{flag}/words", json={})["words"])
+            told.append(ask(flag)["words"])
         except Failure as failure:
             refused.append(failure)
     if refused and not told:
@@ -91,7 +96,7 @@ def words(
     if as_json:
         show({"flags": len(told), "refused": len(refused), "words": common}, True)
         return
-    table(common, ["text", "flags", "weight"], False, "no word makes a difference to the guard")
+    table(common, ["text", "flags", "weight"], False, none)
     print(f"\nof {len(told)} flags" + (f"; {len(refused)} more could not be asked about" if refused else ""))
 
 

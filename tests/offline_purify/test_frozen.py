@@ -29,7 +29,7 @@ def decoder(kind):
 def sums_and_gradient(model, groups):
     model.zero_grad()
     batch = collate(EXAMPLES, 0)
-    with lean_norms(model), answers_alone(last_mlp(model) if groups else None, batch["labels"], groups or 1):
+    with lean_norms(model), answers_alone(last_mlp(model), batch["labels"], groups):
         sums, _ = answer_sums(model, batch)
     sums.sum().backward()
     return sums.detach(), model.get_input_embeddings().weight.grad.clone()
