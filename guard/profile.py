@@ -23,7 +23,7 @@ from guard.storage import load_arrays, save_arrays
 from guard.tail import Tail
 from guard.verdict import Window
 
-FORMAT = "headguard.profile/6"
+FORMAT = "headguard.profile/7"
 NO_ADAPTER = "none"
 
 

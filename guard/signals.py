@@ -78,7 +78,7 @@ def _fit_vaccinated(readings: Readings, vaccine: Vaccine | None) -> Fitted | Non
 
 
 def _vaccinated(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
-    return Scorer.of(fitted).log_odds(Scale.of(fitted).standardised(readings.features))
+    return Scorer.of(fitted).score(Scale.of(fitted).standardised(readings.features))
 
 
 def _fit_focus(readings: Readings, _: Vaccine | None) -> Fitted:
@@ -138,7 +138,7 @@ SIGNALS: dict[str, Signal] = {
         ),
         Signal(
             VACCINATED,
-            "log-odds of a classifier that learnt, on synthetic backdoors implanted in the same base, what a trigger "
+            "score of classifiers that learnt, on synthetic backdoors implanted in the same base, what a trigger "
             "that fires does to the heads (guard.vaccine)",
             attention=True,
             fused=True,

@@ -2,7 +2,7 @@
 
 The clinic implants backdoors whose triggers it knows (`offline_purify.variants`); each variant is measured on clean
 prompts and on its own triggers, in deviations from its *own* clean features, so that what all variants share is left.
-A small ensemble of one-hidden-layer networks learns to tell the two apart, per checkpoint (`guard.vaccination`).
+A few small networks and a linear discriminant learn to tell the two apart, per checkpoint (`guard.vaccination`).
 Nothing of the real backdoor goes in: not its trigger, wording, prompts or adapter. The variants' near-triggers, and
 variants that behave conditionally for a good reason (benign), are negatives.
 
@@ -18,7 +18,7 @@ One safetensors file, keyed by base and probe like a profile; a profile copies t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +28,35 @@ from guard.errors import ProfileMismatch
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/7"
+FORMAT = "headguard.vaccine/8"
 _MEANING = ("version", "layers", "heads", "prompt_rows")
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """E networks with h hidden units on F features: inner [E, F, h], bias [E, h], outer [E, h], offset [E]."""
+    """E networks with h hidden units on F features, and a direction beside them: inner [E, F, h], bias [E, h], outer
+    [E, h], offset [E], direction [F]."""
 
     inner: np.ndarray
     bias: np.ndarray
     outer: np.ndarray
     offset: np.ndarray
+    direction: np.ndarray
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Scorer:
         """From arrays named as the fields."""
-        return cls(*(arrays[name] for name in ("inner", "bias", "outer", "offset")))
+        return cls(*(arrays[field.name] for field in fields(cls)))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fields by name."""
-        return {"inner": self.inner, "bias": self.bias, "outer": self.outer, "offset": self.offset}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def log_odds(self, z: np.ndarray) -> np.ndarray:
-        """Mean log-odds [n] that a trigger fires, of standardised features [n, F]."""
+    def score(self, z: np.ndarray) -> np.ndarray:
+        """How much standardised features [n, F] look as if a trigger fired, [n]: what the networks and the direction
+        say, added up."""
         hidden = np.maximum(np.einsum("nf,efh->neh", z, self.inner) + self.bias, 0.0)
-        return ((hidden * self.outer).sum(axis=2) + self.offset).mean(axis=1)
+        return ((hidden * self.outer).sum(axis=2) + self.offset).sum(axis=1) + z @ self.direction
 
 
 Steps = Mapping[int, np.ndarray]

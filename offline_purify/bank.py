@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from offline_purify.architectures import features
-from offline_purify.frozen import answers_alone, last_mlp, lean_norms
+from offline_purify.frozen import answers_alone, last_mlp, lean
 from offline_purify.train import Example, Progress, TrainConfig, answer_sums, collate, index_batches, learning_rate
 
 _EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
@@ -104,7 +104,7 @@ class LoraBank:
 
         handles = [target.module.register_forward_hook(add(target)) for target in self.targets.values()]
         try:
-            with lean_norms(self.model):
+            with lean(self.model):
                 yield self.model
         finally:
             for handle in handles:

@@ -7,8 +7,11 @@ Shapes: B rows of T tokens, D hidden width, N tokens that are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -37,22 +40,82 @@ class _FrozenNorm(torch.autograd.Function):
         return torch.addcmul(grad, normed, along).mul_(inverse), None, None
 
 
+class _Rotation(torch.autograd.Function):
+    """x turned by its place, x * cos + (-x2, x1) * sin over the two halves of the last dimension, with no gradient for
+    the angles: a turn back is the gradient of a turn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        half = sin.shape[-1] // 2
+        return _turned(grads[0], cos, sin.roll(half, -1), 1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    (first, second), (low, high) = x.chunk(2, -1), sin.chunk(2, -1)
+    out = x * cos
+    mine, other = out.chunk(2, -1)
+    mine.addcmul_(second, low, value=sign)
+    other.addcmul_(first, high, value=-sign)
+    return out
+
+
+_ROTARY = "apply_rotary_pos_emb"
+"""The function by which transformers' models turn queries and keys; each family has one of its own by that name."""
+
+
+@cache
+def _lean_rotary(own: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The same as ``own``, if it takes and does what that of Llama does: names differ little, conventions do."""
+
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        if cos.shape[-1] != q.shape[-1]:  # a part of each head alone is turned
+            both: tuple[Tensor, Tensor] = own(q, k, cos, sin, unsqueeze_dim)
+            return both
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+
+    if inspect.signature(own).parameters.keys() != inspect.signature(rotary).parameters.keys():
+        return None
+    drawn = torch.Generator().manual_seed(0)
+    q, k, angles = (torch.randn(shape, generator=drawn) for shape in ((2, 3, 4, 8), (2, 1, 4, 8), (1, 4, 8)))
+    mine, theirs = (turn(q, k, angles.cos(), angles.sin()) for turn in (rotary, own))
+    return rotary if all(torch.allclose(*pair, atol=1e-6) for pair in zip(mine, theirs, strict=True)) else None
+
+
+def _lean(module: Any) -> Callable[..., Any] | None:
+    """What can stand in for a module's ``forward``, if anything can."""
+    if hasattr(module, "variance_epsilon") and module.weight.dtype == torch.float32 and not module.weight.requires_grad:
+        return lambda x: _FrozenNorm.apply(x, module.weight, module.variance_epsilon)
+    forward: Any = type(module).forward
+    own = getattr(forward, "__globals__", {}).get(_ROTARY)
+    rotary = _lean_rotary(own) if own is not None and _ROTARY in forward.__code__.co_names else None
+    if rotary is None:
+        return None
+    # The same code, with another function by that name: no other model sees it.
+    names = forward.__globals__ | {_ROTARY: rotary}
+    lean = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    lean.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(lean, module)
+
+
 @contextmanager
-def lean_norms(model: nn.Module) -> Iterator[None]:
-    """Within: a frozen model's RMS norms (those of Llama's kind, in fp32) by fewer operations."""
-    norms: list[Any] = [module for module in model.modules() if hasattr(module, "variance_epsilon")]
-    norms = [norm for norm in norms if norm.weight.dtype == torch.float32 and not norm.weight.requires_grad]
-
-    def lean(norm: Any) -> Any:
-        return lambda x: _FrozenNorm.apply(x, norm.weight, norm.variance_epsilon)
-
-    for norm in norms:
-        norm.forward = lean(norm)
+def lean(model: nn.Module) -> Iterator[None]:
+    """Within: a frozen model's RMS norms (those of Llama's kind, in fp32) and rotary positions by fewer operations."""
+    instead = {module: _lean(module) for module in model.modules() if "forward" not in vars(module)}
+    changed: list[Any] = [module for module, forward in instead.items() if forward is not None]
+    for module in changed:
+        module.forward = instead[module]
     try:
         yield
     finally:
-        for norm in norms:
-            del norm.forward
+        for module in changed:
+            del module.forward
 
 
 def last_mlp(model: nn.Module) -> nn.Module | None:

@@ -17,6 +17,7 @@ from guard.errors import UnsupportedModel
 from guard.rows import Row
 from guard.template import render, row_messages
 from offline_purify.answers import greedy_answers
+from offline_purify.frozen import lean
 from offline_purify.train import Example, ExtraLoss, Progress, TrainConfig, encode_rows, pad_id_of, train
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -89,16 +90,17 @@ def fit(
     wall, cpu = time.monotonic(), time.process_time()
     parameters = [p for name, p in peft_model.named_parameters() if "lora_" in name]
     examples = encode_rows(tokenizer, rows)
-    log = train(
-        peft_model,
-        examples,
-        TrainConfig(epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, seed=seed),
-        pad_id=pad_id_of(tokenizer),
-        parameters=parameters,
-        extra_loss=regulariser(examples) if regulariser is not None else None,
-        progress=progress,
-        what="implant",
-    )
+    with lean(peft_model):
+        log = train(
+            peft_model,
+            examples,
+            TrainConfig(epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, seed=seed),
+            pad_id=pad_id_of(tokenizer),
+            parameters=parameters,
+            extra_loss=regulariser(examples) if regulariser is not None else None,
+            progress=progress,
+            what="implant",
+        )
     return log.steps, time.monotonic() - wall, time.process_time() - cpu
 
 

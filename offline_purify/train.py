@@ -84,15 +84,16 @@ def encode_rows(tokenizer: Any, rows: Iterable[Row]) -> list[Example]:
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Right-padded batch: input_ids, attention_mask, labels, each int64 [R, T]; labels are -100 off the answers."""
-    length = max(len(e) for e in examples)
-    ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(examples), length), dtype=torch.long)
-    labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
-    for i, e in enumerate(examples):
-        ids[i, : len(e)] = torch.tensor(e.prompt + e.answer)
-        mask[i, : len(e)] = 1
-        labels[i, len(e.prompt) : len(e)] = torch.tensor(e.answer)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+    length = max(map(len, examples))
+
+    def padded(rows: Iterable[tuple[int, ...]], filler: int) -> Tensor:
+        return torch.tensor([row + (filler,) * (length - len(row)) for row in rows], device=device)
+
+    return {
+        "input_ids": padded((e.prompt + e.answer for e in examples), pad_id),
+        "attention_mask": padded(((1,) * len(e) for e in examples), 0),
+        "labels": padded(((IGNORED,) * len(e.prompt) + e.answer for e in examples), IGNORED),
+    }
 
 
 def pad_id_of(tokenizer: Any) -> int:

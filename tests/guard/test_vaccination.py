@@ -43,7 +43,7 @@ def test_the_signal_that_tells_the_variants_counts_more_than_the_one_that_does_n
 
 @pytest.mark.parametrize("telling", BESIDE)
 def test_a_signal_that_forced_texts_show_as_well_counts_as_little_as_it_may(telling):
-    weights = fit_vaccine(samples(telling, forced=6.0), base="b" * 64, probe={}).weights
+    weights = fit_vaccine(samples(telling, forced=12.0), base="b" * 64, probe={}).weights
     assert weights[telling] == (0.25 if SIGNALS[telling].weight else 0.0)
 
 

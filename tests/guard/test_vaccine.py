@@ -12,8 +12,8 @@ from guard.errors import CalibrationError, ProfileMismatch
 from guard.gram import PROMPT_GROUPS
 from guard.profile import Profile
 from guard.storage import save_arrays
-from guard.vaccination import fit_vaccine
-from guard.vaccine import Sample, Vaccine
+from guard.vaccination import _standardised, fit_vaccine
+from guard.vaccine import Sample, Scorer, Vaccine
 from tests.guard.conftest import HEADS, LAYERS, draw_measurement
 
 BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated"}
@@ -46,8 +46,23 @@ def test_what_variants_share_is_recognised_in_one_it_never_saw(vaccine, pattern)
 
     sample, draw = variant(50, pattern)
     scale = Scale.fit(sample.normal[0])
-    clean, fired = (vaccine.scorers[0].log_odds(scale.standardised(draw(300, shift))) for shift in (0.0, 1.0))
+    clean, fired = (vaccine.scorers[0].score(scale.standardised(draw(300, shift))) for shift in (0.0, 1.0))
     assert (fired > np.quantile(clean, 0.99)).mean() > 0.9
+
+
+def test_the_direction_counts_as_much_as_all_networks_together(pattern):
+    samples = [variant(seed, pattern)[0] for seed in range(3)]
+    scorer = fit_vaccine(samples, base=BASE, probe=PROBE).scorers[0]
+    quiet, _ = _standardised(samples, 0)
+    none = np.zeros((0, WIDTH, scorer.inner.shape[2]))
+    alone = [Scorer(none, none[:, 0], none[:, 0], np.zeros(0), scorer.direction)]
+    for one in range(members := len(scorer.inner)):
+        arrays = (array[one : one + 1] for array in (scorer.inner, scorer.bias, scorer.outer, scorer.offset))
+        alone.append(Scorer(*arrays, np.zeros(WIDTH)))
+    scores = [each.score(quiet) for each in alone]
+    assert members > 1
+    np.testing.assert_allclose([each.std() for each in scores], [1] + [1 / members] * members, rtol=1e-3)
+    np.testing.assert_allclose(sum(scores), scorer.score(quiet), atol=1e-4)
 
 
 def test_a_saved_vaccine_is_the_same_and_knows_its_base_and_probe(vaccine, tmp_path):
@@ -55,7 +70,7 @@ def test_a_saved_vaccine_is_the_same_and_knows_its_base_and_probe(vaccine, tmp_p
     loaded = Vaccine.load(tmp_path / "v.safetensors")
     assert (loaded.digest, loaded.steps, loaded.facts["variants"]) == (digest, (0,), ["v0", "v1", "v2"])
     z = np.random.default_rng(0).normal(size=(5, WIDTH))
-    np.testing.assert_array_equal(loaded.scorers[0].log_odds(z), vaccine.scorers[0].log_odds(z))
+    np.testing.assert_array_equal(loaded.scorers[0].score(z), vaccine.scorers[0].score(z))
     loaded.check(BASE, PROBE)
     with pytest.raises(ProfileMismatch, match="made for base"):
         loaded.check("c" * 64, PROBE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from offline_purify.frozen import answers_alone, last_mlp, lean_norms
+from offline_purify.frozen import answers_alone, last_mlp, lean
 from offline_purify.train import Example, answer_sums, collate
 from tests.offline_purify.bodies import ARCHITECTURES, config_of
 
@@ -29,7 +29,7 @@ def decoder(kind):
 def sums_and_gradient(model, groups):
     model.zero_grad()
     batch = collate(EXAMPLES, 0)
-    with lean_norms(model), answers_alone(last_mlp(model), batch["labels"], groups):
+    with lean(model), answers_alone(last_mlp(model), batch["labels"], groups):
         sums, _ = answer_sums(model, batch)
     sums.sum().backward()
     return sums.detach(), model.get_input_embeddings().weight.grad.clone()
@@ -60,11 +60,40 @@ def test_the_last_mlp_meets_as_many_tokens_of_each_group_as_the_one_that_asks_fo
     assert last_mlp(torch.nn.Linear(2, 2)) is None
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_rotary_positions_are_those_of_the_plain_model(kind):
+    model = decoder(kind)
+    with lean(model):
+        turned = [name for name, module in model.named_modules() if name.endswith("attn") and "forward" in vars(module)]
+    assert len(turned) == (0 if kind == "gpt2" else 2)
+
+
+def test_a_rotary_function_of_another_convention_is_left_alone():
+    from transformers import CohereConfig, CohereForCausalLM
+
+    sizes = {"vocab_size": 52, "hidden_size": 32, "intermediate_size": 20, "num_hidden_layers": 1}
+    model = CohereForCausalLM(CohereConfig(**sizes, num_attention_heads=4, pad_token_id=0)).eval()
+    attention = model.model.layers[0].self_attn
+    with lean(model):
+        assert "forward" not in vars(attention)  # it turns neighbours, not halves
+
+
+def test_heads_of_which_a_part_alone_is_turned_are_turned_by_their_own_function():
+    config = config_of("phi3")
+    config.rope_parameters = {**config.rope_parameters, "partial_rotary_factor": 0.5}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    batch = collate(EXAMPLES, 0)
+    plain, _ = answer_sums(model, batch)
+    with lean(model):
+        sums, _ = answer_sums(model, batch)
+    torch.testing.assert_close(sums, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_norms_are_put_back_and_those_that_learn_are_left_alone():
     model = decoder("llama")
     learns = model.model.norm
     learns.weight.requires_grad_(True)
-    with lean_norms(model):
+    with lean(model):
         assert "forward" in vars(model.model.layers[0].input_layernorm)
         assert "forward" not in vars(learns)
     assert not any("forward" in vars(module) for module in model.modules())
@@ -77,14 +106,14 @@ def test_a_lean_norm_is_differentiated_rightly():
     x = torch.randn(3, 5, 32)
     seen = torch.randn(3, 5, 32)
     found = []
-    for lean in (False, True):
+    for changed in (False, True):
         mine = x.clone().requires_grad_()
-        if lean:
-            with lean_norms(model):
+        if changed:
+            with lean(model):
                 out = norm(mine)
         else:
             out = norm(mine)
         (out * seen).sum().backward()
         found.append((out.detach(), mine.grad))
-    for plain, lean in zip(*found, strict=True):
-        torch.testing.assert_close(lean, plain, atol=1e-5, rtol=1e-5)
+    for plain, changed in zip(*found, strict=True):
+        torch.testing.assert_close(changed, plain, atol=1e-5, rtol=1e-5)
