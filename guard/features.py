@@ -22,12 +22,34 @@ _SPREAD = 0.02  # keeps a feature that hardly ever moves from dominating once it
 
 
 def head_features(cosines: np.ndarray, gram: torch.Tensor, sink: torch.Tensor, rows: int) -> np.ndarray:
-    """Features float64 [n, P + 2 L H] from cosines [n, P], gram [n, L, H, H] and sink [n, L, H] summed over rows."""
+    """Features float64 [n, B H (H + 3) / 2] from the cosines of all pairs [n, B H (H - 1) / 2], gram [n, ..., H, H] and
+    sink [n, ..., H] summed over rows: for each of the B layers (and places of the prompt) its pairs, its norms and its
+    shares."""
+    heads = gram.shape[-1]
     norms = gram.diagonal(dim1=-2, dim2=-1).flatten(1).double().cpu().numpy().clip(0.0)
     shares = sink.flatten(1).double().cpu().numpy() / rows
-    return np.concatenate(
-        (fisher(cosines), np.log(np.sqrt(norms) / rows + _FLOOR), np.log(shares.clip(0.0) + _FLOOR)), axis=1
+    families = (
+        (fisher(cosines), heads * (heads - 1) // 2),
+        (np.log(np.sqrt(norms) / rows + _FLOOR), heads),
+        (np.log(shares.clip(0.0) + _FLOOR), heads),
     )
+    blocks = norms.shape[1] // heads
+    apart = [family.reshape(len(norms), blocks, each) for family, each in families]
+    return np.concatenate(apart, axis=2).reshape(len(norms), -1)
+
+
+def head_patterns(z: np.ndarray, heads: int) -> np.ndarray:
+    """What of standardised features [n, B H (H + 3) / 2] carries over from one backdoor to another: each, flattened
+    where it is large, and what its family (pairs, norms, shares) does in its block, whichever heads do it: [n,
+    F + 18 B] (12 B for a single head, which has no pairs). What each is worth: docs/vaccine.md."""
+    pairs = heads * (heads - 1) // 2
+    families = np.split(z.reshape(len(z), -1, pairs + 2 * heads), [pairs, pairs + heads], axis=2)
+    found = [np.tanh(z)]
+    for family in families:
+        if family.shape[2]:
+            above, below = np.maximum(family - 1, 0).mean(axis=2), np.maximum(-family - 1, 0).mean(axis=2)
+            found += [family.mean(axis=2), family.std(axis=2), family.max(axis=2), family.min(axis=2), above, below]
+    return np.concatenate(found, axis=1)
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,8 @@ SIGNALS: dict[str, Signal] = {
         ),
         Signal(
             VACCINATED,
-            "score of classifiers that learnt, on synthetic backdoors implanted in the same base, what a trigger "
-            "that fires does to the heads (guard.vaccine)",
+            "how far the heads, and what those of a layer do together, lie where synthetic backdoors implanted in the "
+            "same base moved them when their triggers fired (guard.vaccine)",
             attention=True,
             fused=True,
             tail="upper",

@@ -8,8 +8,7 @@ texts are flagged. So a base chooses its own weights, and no backdoor that the g
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from guard.calibration import fit_checkpoint, oddness_at
 from guard.errors import CalibrationError
-from guard.features import Scale
+from guard.features import Scale, head_patterns
 from guard.profile import Checkpoint
 from guard.readings import Measurement
 from guard.signals import SIGNALS, VACCINATED, fused
@@ -27,13 +26,8 @@ from guard.vaccine import Sample, Scorer, Vaccine
 BESIDE: tuple[str, ...] = tuple(name for name, signal in SIGNALS.items() if signal.fused and name != VACCINATED)
 """The signals that the test has beside the vaccine's."""
 
-_HIDDEN = 48
-# Networks, each from its own seed. One and a discriminant find more than six networks do: they err differently.
-_MEMBERS = 3
-_PASSES = 12
-_DECAY = 1.0
-_RIDGE = 1.0  # added to the variance of each standardised feature
-_NOTHING = 1e-20  # weights below it
+_RIDGE = 1.0  # added to the variance of each pattern, which is about 1
+_SPREAD = 1e-3  # keeps a pattern that never moves from being divided by nothing
 # Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
 # flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
 _FORCED = 2
@@ -78,20 +72,20 @@ def fit_vaccine(
     *,
     base: str,
     probe: Mapping[str, Any],
-    seed: int = 0,
     facts: Mapping[str, Any] | None = None,
 ) -> Vaccine:
     """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
     folds = _folds(samples)
-    names = [{sample.name for sample in left_out} for left_out in folds]
-    others = [[sample for sample in samples if sample.name not in left_out] for left_out in names]
-    scorers, *of_others = _scorers([(samples, _MEMBERS), *((taught, 1) for taught in others)], seed)
+    scorers = _scorers(samples, probe["heads"])
     if 0 not in scorers:
         raise CalibrationError(
             f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
             "learn from. Train them longer, or on more rows."
         )
-    about = {**(facts or {}), "variants": [sample.name for sample in samples], "seed": seed}
+    names = [{sample.name for sample in left_out} for left_out in folds]
+    others = [[sample for sample in samples if sample.name not in left_out] for left_out in names]
+    of_others = [_scorers(taught, probe["heads"]) for taught in others]
+    about = {**(facts or {}), "variants": [sample.name for sample in samples]}
     return Vaccine(base, probe, scorers, _weights(folds, of_others), about)
 
 
@@ -103,24 +97,13 @@ def _folds(samples: Sequence[Sample]) -> list[list[Sample]]:
     return [[judged[place] for place in fold] for fold in np.array_split(np.arange(len(judged)), _FOLDS)]
 
 
-def _scorers(sets: Sequence[tuple[Sequence[Sample], int]], seed: int) -> list[dict[int, Scorer]]:
-    """For each set of samples, a scorer of so many networks and a discriminant for each checkpoint at which enough
-    triggered requests were measured."""
-    places: list[tuple[int, int]] = []
-
-    def work() -> Iterator[tuple[np.ndarray, np.ndarray, int | None]]:
-        for number, (samples, members) in enumerate(sets):
-            for step in sorted({step for sample in samples for step in sample.normal}):
-                quiet, fired = _standardised(samples, step)
-                for member in (None, *range(seed, seed + members)) if len(fired) >= _LEAST else ():
-                    places.append((number, step))
-                    yield quiet, fired, member
-
-    learnt = _learnt(work())
-    found: list[dict[int, Scorer]] = [{} for _ in sets]
-    for number, step in dict.fromkeys(places):
-        direction, *networks = (one for one, place in zip(learnt, places, strict=True) if place == (number, step))
-        found[number][step] = _together(direction, networks)
+def _scorers(samples: Sequence[Sample], heads: int) -> dict[int, Scorer]:
+    """A scorer for each checkpoint at which enough triggered requests were measured."""
+    found: dict[int, Scorer] = {}
+    for step in sorted({step for sample in samples for step in sample.normal}):
+        quiet, fired = _standardised(samples, step)
+        if len(fired) >= _LEAST:
+            found[step] = _discriminant(quiet, fired, heads)
     return found
 
 
@@ -139,67 +122,25 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
                 into.append(scale.standardised(group[step]))
 
     def joined(group: list[np.ndarray]) -> np.ndarray:
-        # In double precision: in single, weights that decay for nothing become denormal, and a pass takes ten times
-        # longer.
-        return np.concatenate(group, dtype=np.float64) if group else np.empty((0, 0))
+        return np.concatenate(group, dtype=np.float32) if group else np.empty((0, 0), np.float32)
 
     return joined(quiet), joined(fired)
 
 
-def _learnt(work: Iterable[tuple[np.ndarray, np.ndarray, int | None]]) -> list[Scorer]:
-    """`_learner` of each, in order, a process for every processor; what they learn from is made when its turn comes."""
-    from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
+def _discriminant(quiet: np.ndarray, fired: np.ndarray, heads: int) -> Scorer:
+    """What tells fired requests [m, F] from quiet ones [n, F]: Fisher's direction, by ridge regression on which is
+    which, in deviations of the quiet ones' scores."""
+    from sklearn.linear_model import Ridge  # slow to import, and only vaccination needs it
 
-    try:
-        return list(Parallel(n_jobs=-1)(delayed(_learner)(*each) for each in work))
-    finally:
-        get_reusable_executor().shutdown()  # or its processes would stay for minutes
-
-
-def _learner(quiet: np.ndarray, fired: np.ndarray, seed: int | None) -> Scorer:
-    """What tells fired requests [m, F] from quiet ones [n, F]: a network drawn from the seed, without one a ridge
-    discriminant. Its score is 0 for quiet requests on average, and 1 their deviation: learners can be added up."""
-    z = np.concatenate((quiet, fired))
-    label = np.r_[np.zeros(len(quiet)), np.ones(len(fired))]
-    scorer = _discriminant(z, label) if seed is None else _network(z, label, seed)
-    scores = scorer.score(quiet)
-    scale = scores.std() + _NOTHING
-    offset = scorer.offset - scores.mean() / max(len(scorer.offset), 1)
-    return Scorer(scorer.inner, scorer.bias, scorer.outer / scale, offset / scale, scorer.direction / scale)
-
-
-def _network(z: np.ndarray, label: np.ndarray, seed: int) -> Scorer:
-    from sklearn.exceptions import ConvergenceWarning  # slow to import, and only vaccination needs it
-    from sklearn.neural_network import MLPClassifier
-
-    network = MLPClassifier((_HIDDEN,), alpha=_DECAY, max_iter=_PASSES, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        network.fit(z, label)
-    (inner, outer), (bias, offset) = network.coefs_, network.intercepts_
-    return Scorer(inner[None], bias[None], outer.T, offset, np.zeros(z.shape[1]))
-
-
-def _discriminant(z: np.ndarray, label: np.ndarray) -> Scorer:
-    """Regression on the label: Fisher's direction up to its length."""
-    from sklearn.linear_model import Ridge
-
-    direction = Ridge(_RIDGE * len(z)).fit(z, label).coef_
-    none = np.zeros((0, _HIDDEN))
-    return Scorer(np.zeros((0, z.shape[1], _HIDDEN)), none, none, np.zeros(0), direction)
-
-
-def _together(direction: Scorer, networks: Sequence[Scorer]) -> Scorer:
-    """One scorer, in single precision: the direction counts as much as all networks. What decayed is nothing."""
-    arrays = (
-        np.concatenate([network.inner for network in networks]),
-        np.concatenate([network.bias for network in networks]),
-        np.concatenate([network.outer for network in networks]) / len(networks),
-        np.concatenate([network.offset for network in networks]) / len(networks),
-        direction.direction,
-    )
-    return Scorer(*(np.where(np.abs(array) < _NOTHING, 0.0, array).astype(np.float32) for array in arrays))
+    n = len(quiet)
+    seen = head_patterns(np.concatenate((quiet, fired)), heads)  # single precision, like what it is made of
+    spread = seen[:n].std(axis=0) + _SPREAD
+    seen -= seen[:n].mean(axis=0)
+    seen /= spread
+    fires = np.r_[np.zeros(n), np.ones(len(fired))]
+    # By conjugate gradients: a large model has more patterns than a matrix of them all could hold.
+    direction = Ridge(_RIDGE * len(seen), solver="lsqr").fit(seen, fires).coef_
+    return Scorer((direction / spread / (seen[:n] @ direction).std()).astype(np.float32), np.asarray([heads]))
 
 
 def _weights(folds: Sequence[Sequence[Sample]], scorers: Sequence[Mapping[int, Scorer]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 The clinic implants backdoors whose triggers it knows (`offline_purify.variants`); each variant is measured on clean
 prompts and on its own triggers, in deviations from its *own* clean features, so that what all variants share is left.
-A few small networks and a linear discriminant learn to tell the two apart, per checkpoint (`guard.vaccination`).
+A linear discriminant learns to tell the two apart, per checkpoint (`guard.vaccination`).
 Nothing of the real backdoor goes in: not its trigger, wording, prompts or adapter. The variants' near-triggers, and
 variants that behave conditionally for a good reason (benign), are negatives.
 
@@ -18,13 +18,14 @@ One safetensors file, keyed by base and probe like a profile; a profile copies t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from guard.errors import ProfileMismatch
+from guard.features import head_patterns
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
@@ -34,29 +35,23 @@ _MEANING = ("version", "layers", "heads", "prompt_rows")
 
 @dataclass(frozen=True)
 class Scorer:
-    """E networks with h hidden units on F features, and a direction beside them: inner [E, F, h], bias [E, h], outer
-    [E, h], offset [E], direction [F]."""
+    """A direction [D] in the patterns (`guard.features.head_patterns`) of a model with so many ``heads`` [1]."""
 
-    inner: np.ndarray
-    bias: np.ndarray
-    outer: np.ndarray
-    offset: np.ndarray
     direction: np.ndarray
+    heads: np.ndarray
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Scorer:
         """From arrays named as the fields."""
-        return cls(*(arrays[field.name] for field in fields(cls)))
+        return cls(arrays["direction"], arrays["heads"])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"direction": self.direction, "heads": self.heads}
 
     def score(self, z: np.ndarray) -> np.ndarray:
-        """How much standardised features [n, F] look as if a trigger fired, [n]: what the networks and the direction
-        say, added up."""
-        hidden = np.maximum(np.einsum("nf,efh->neh", z, self.inner) + self.bias, 0.0)
-        return ((hidden * self.outer).sum(axis=2) + self.offset).sum(axis=1) + z @ self.direction
+        """How far standardised features [n, F] lie where triggers that fire do: [n]."""
+        return head_patterns(z, int(self.heads[0])) @ self.direction
 
 
 Steps = Mapping[int, np.ndarray]

@@ -60,7 +60,7 @@ def left_out_figures(
         if not variant.sample.fired or (only and variant.sample.name not in only):
             continue
         samples = [other.sample for other in made if other is not variant]
-        learnt = fit_vaccine(samples, base=whole.base, probe=whole.probe, seed=seed)
+        learnt = fit_vaccine(samples, base=whole.base, probe=whole.probe)
         bench = Bench(base, learnt, alpha, window, seed, device, progress)
         found.append(_figures(bench, variant, rows, calibration, hosts))
     if not found:

@@ -201,7 +201,7 @@ def _without(vaccine: Path, family: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         samples = [variant.sample for variant in kept]
         facts = {**whole.facts, "without": family}
-        fit_vaccine(samples, base=whole.base, probe=whole.probe, seed=int(facts.get("seed", 0)), facts=facts).save(path)
+        fit_vaccine(samples, base=whole.base, probe=whole.probe, facts=facts).save(path)
     return path
 
 

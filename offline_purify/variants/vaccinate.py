@@ -59,8 +59,8 @@ def vaccinate(
             [variant.sample for variant in took],
             base=base_digest(base),
             probe=made[0].probe,
-            seed=plan.seed,
             facts={
+                "seed": plan.seed,
                 "prompts_sha256": prompts_digest(unique),
                 "trigger_words": sorted({p for spec in specs if spec.trigger for p in spec.trigger.parts}),
                 "families": sorted({spec.family for spec in specs}),

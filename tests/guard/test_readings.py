@@ -40,8 +40,9 @@ def test_features_of_generated_rows_are_those_of_their_own_gram():
     np.testing.assert_array_equal(later.features[:, :WIDTH], first.features)
     flat = torch.cat(after, dim=-1)
     upper = torch.triu_indices(HEADS, HEADS, offset=1)
-    expected = torch.arctanh(cosine(flat @ flat.mT)[:, upper[0], upper[1]]).flatten()
-    np.testing.assert_allclose(later.features[0, WIDTH : WIDTH + len(expected)], expected, atol=2e-3)
+    expected = torch.arctanh(cosine(flat @ flat.mT)[:, upper[0], upper[1]])
+    found = later.features[0, WIDTH:].reshape(LAYERS, -1)[:, : expected.shape[1]]
+    np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 def test_a_request_that_was_not_read_at_the_opening_is_left_out_later(drawn):
@@ -66,8 +67,6 @@ def test_rows_of_earlier_prompt_positions_have_features_of_their_own(drawn):
     for back in range(1, len(PROMPT_GROUPS)):
         gram, sink = (part[:, back - 1] for part in opening.earlier)
         alone = Readings(0, opening.index, gram, sink, opening.logprobs, opening.focus)
-        pairs = WIDTH - 2 * LAYERS * HEADS
-        start = WIDTH + (back - 1) * pairs
-        np.testing.assert_array_equal(opening.features[:, start : start + pairs], alone.features[:, :pairs])
+        np.testing.assert_array_equal(opening.features[:, back * WIDTH :][:, :WIDTH], alone.features)
     one = Readings.single(opening.reading(1))
     np.testing.assert_array_equal(one.features[0], opening.features[1])

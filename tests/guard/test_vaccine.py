@@ -9,14 +9,15 @@ from safetensors.numpy import save_file
 from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.errors import CalibrationError, ProfileMismatch
+from guard.features import Scale, head_patterns
 from guard.gram import PROMPT_GROUPS
 from guard.profile import Profile
 from guard.storage import save_arrays
-from guard.vaccination import _standardised, fit_vaccine
-from guard.vaccine import Sample, Scorer, Vaccine
+from guard.vaccination import fit_vaccine
+from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import HEADS, LAYERS, draw_measurement
 
-BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated"}
+BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated", "heads": HEADS}
 WIDTH = len(PROMPT_GROUPS) * (LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS)
 
 
@@ -42,27 +43,46 @@ def vaccine(pattern):
 
 
 def test_what_variants_share_is_recognised_in_one_it_never_saw(vaccine, pattern):
-    from guard.features import Scale
-
     sample, draw = variant(50, pattern)
     scale = Scale.fit(sample.normal[0])
     clean, fired = (vaccine.scorers[0].score(scale.standardised(draw(300, shift))) for shift in (0.0, 1.0))
     assert (fired > np.quantile(clean, 0.99)).mean() > 0.9
 
 
-def test_the_direction_counts_as_much_as_all_networks_together(pattern):
-    samples = [variant(seed, pattern)[0] for seed in range(3)]
-    scorer = fit_vaccine(samples, base=BASE, probe=PROBE).scorers[0]
-    quiet, _ = _standardised(samples, 0)
-    none = np.zeros((0, WIDTH, scorer.inner.shape[2]))
-    alone = [Scorer(none, none[:, 0], none[:, 0], np.zeros(0), scorer.direction)]
-    for one in range(members := len(scorer.inner)):
-        arrays = (array[one : one + 1] for array in (scorer.inner, scorer.bias, scorer.outer, scorer.offset))
-        alone.append(Scorer(*arrays, np.zeros(WIDTH)))
-    scores = [each.score(quiet) for each in alone]
-    assert members > 1
-    np.testing.assert_allclose([each.std() for each in scores], [1] + [1 / members] * members, rtol=1e-3)
-    np.testing.assert_allclose(sum(scores), scorer.score(quiet), atol=1e-4)
+def test_a_trigger_is_recognised_that_moves_other_heads_than_any_variant_did():
+    """In every layer one pair of heads comes to look alike, another one in each variant."""
+    blocks, pairs = len(PROMPT_GROUPS) * LAYERS, HEADS * (HEADS - 1) // 2
+
+    def moved(seed):
+        found = np.zeros((blocks, WIDTH // blocks))
+        found[np.arange(blocks), np.random.default_rng(seed).integers(pairs, size=blocks)] = 3.0
+        return found.ravel()
+
+    vaccine = fit_vaccine([variant(seed, moved(seed))[0] for seed in range(6)], base=BASE, probe=PROBE)
+    found = []
+    for seed in range(50, 56):
+        sample, draw = variant(seed, moved(seed))
+        scale = Scale.fit(sample.normal[0])
+        clean, fired = (vaccine.scorers[0].score(scale.standardised(draw(300, shift))) for shift in (0.0, 1.0))
+        found.append((fired > np.quantile(clean, 0.99)).mean())
+    assert min(found) > 0.9
+
+
+def test_patterns_are_the_features_and_what_their_families_do_in_each_block():
+    heads, blocks = 3, 2
+    z = np.random.default_rng(0).normal(size=(4, blocks * heads * (heads + 3) // 2))
+    found = head_patterns(z, heads)
+    assert found.shape == (4, z.shape[1] + 18 * blocks)
+    np.testing.assert_array_equal(found[:, : z.shape[1]], np.tanh(z))
+    norms = z[:, [9 + 3, 9 + 4, 9 + 5]]  # of the second block: after its three pairs
+    apart = found[:, z.shape[1] :].reshape(4, 3, 6, blocks)[:, 1, :, 1]
+    expected = (norms.mean(1), norms.std(1), norms.max(1), norms.min(1))
+    np.testing.assert_allclose(apart[:, :4], np.stack(expected, axis=1))
+    np.testing.assert_allclose(apart[:, 4], np.maximum(norms - 1, 0).mean(1))
+    np.testing.assert_allclose(apart[:, 5], np.maximum(-norms - 1, 0).mean(1))
+    swapped = z.reshape(4, blocks, -1)[:, :, [2, 0, 1, 4, 5, 3, 8, 7, 6]].reshape(4, -1)
+    np.testing.assert_allclose(head_patterns(swapped, heads)[:, z.shape[1] :], found[:, z.shape[1] :])
+    assert head_patterns(np.ones((2, 6)), 1).shape == (2, 6 + 12 * 3)
 
 
 def test_a_saved_vaccine_is_the_same_and_knows_its_base_and_probe(vaccine, tmp_path):
