@@ -26,7 +26,7 @@ from guard.vaccine import Sample, Scorer, Vaccine
 BESIDE: tuple[str, ...] = tuple(name for name, signal in SIGNALS.items() if signal.fused and name != VACCINATED)
 """The signals that the test has beside the vaccine's."""
 
-_RIDGE = 1.0  # added to the variance of each pattern, which is about 1
+_RIDGE = 0.3  # added to the variance of each pattern, which is about 1 (docs/vaccine.md)
 _SPREAD = 1e-3  # keeps a pattern that never moves from being divided by nothing
 # Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
 # flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
