@@ -99,9 +99,9 @@ def _lean(module: Any) -> Callable[..., Any] | None:
         return None
     # The same code, with another function by that name: no other model sees it.
     names = forward.__globals__ | {_ROTARY: rotary}
-    lean = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    lean.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(lean, module)
+    turned = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    turned.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(turned, module)
 
 
 @contextmanager
