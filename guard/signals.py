@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
@@ -182,6 +182,11 @@ SIGNALS: dict[str, Signal] = {
 }
 
 
+MARGIN: Final = "margin"
+"""Beside the signals' names in a base's weights: how much odder a request must be beyond the last prompt position,
+where some signal of the test has a margin at all."""
+
+
 def weight_of(name: str, weights: Mapping[str, float]) -> float:
     """How much a signal counts in the test: what ``weights`` say, its own weight where they do not name it."""
     return weights.get(name, SIGNALS[name].weight)
@@ -205,9 +210,10 @@ def fused(
     [..., C, K] -> [..., C]; NaN where any is.
 
     The weighted sum of their log tail probabilities, as Good (1955) combines p-values: many triggers are a little odd
-    to each signal. ``weights`` (`weight_of`) are what this base's vaccine found best among its own variants.
+    to each signal. ``weights`` (`weight_of`, and MARGIN) are what this base's vaccine found best among its variants.
     Among synthetic backdoors that the vaccine had not seen, a sum found more than letting the oddest decide
     (docs/vaccine.md). Whatever their dependence, the conformal step makes the result exact.
     """
     margin = sum(SIGNALS[name].margin for name in signals)
+    margin = weights.get(MARGIN, margin) if margin else 0.0
     return odd @ _counts(signals, weights) - margin * (np.asarray(steps) > 0)

@@ -19,7 +19,7 @@ from guard.errors import CalibrationError
 from guard.features import Scale, head_patterns
 from guard.profile import Checkpoint
 from guard.readings import Measurement
-from guard.signals import SIGNALS, VACCINATED, fused
+from guard.signals import MARGIN, SIGNALS, VACCINATED, fused
 from guard.tail import Tail
 from guard.vaccine import Sample, Scorer, Vaccine
 
@@ -35,6 +35,7 @@ _LEAST = 50  # triggered requests that a checkpoint needs, over all variants
 _FEWEST = 20  # normal requests of one variant that what is normal at a checkpoint can be fitted on
 _FOLDS = 3  # as many as the default plan makes passes over the families: siblings of each family are left to teach
 _TRIED = (0.25, 0.5, 1.0, 2.0)  # weights of each signal beside the vaccine's, which keeps its own
+_MARGINS = (0.5, 1.0, 1.5, 2.0)  # beyond the last prompt position
 _ALPHA = 0.01
 _MOST_FORCED = 0.05  # of forced texts that may be flagged
 
@@ -146,7 +147,7 @@ def _discriminant(quiet: np.ndarray, fired: np.ndarray, heads: int) -> Scorer:
 def _weights(folds: Sequence[Sequence[Sample]], scorers: Sequence[Mapping[int, Scorer]]) -> dict[str, float]:
     """How much each signal of the test counts, from what finds the variants of each fold; the registry's weights where
     there is none."""
-    usual = {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)}
+    usual = {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)} | {MARGIN: SIGNALS[VACCINATED].margin}
     if not folds:
         return usual
     steps = sorted(folds[0][0].normal)
@@ -167,9 +168,9 @@ def _weights(folds: Sequence[Sequence[Sample]], scorers: Sequence[Mapping[int, S
             return -in_error
         return float(np.mean([(highest(odd) > limit).mean() for odd in fired]))
 
-    others = product(*(_TRIED if SIGNALS[name].weight else (0.0, *_TRIED) for name in BESIDE))
+    others = product(*(_TRIED if SIGNALS[name].weight else (0.0, *_TRIED) for name in BESIDE), _MARGINS)
     # The usual ones first: they stay unless others find more.
-    return max([usual, *(usual | dict(zip(BESIDE, tried, strict=True)) for tried in others)], key=found)
+    return max([usual, *(usual | dict(zip((*BESIDE, MARGIN), tried, strict=True)) for tried in others)], key=found)
 
 
 def _oddness(sample: Sample, scorers: Mapping[int, Scorer]) -> dict[str, np.ndarray]:

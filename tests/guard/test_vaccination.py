@@ -7,7 +7,7 @@ from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.profile import Profile
 from guard.readings import Measurement
-from guard.signals import SIGNALS, VACCINATED, fused
+from guard.signals import MARGIN, SIGNALS, VACCINATED, fused
 from guard.vaccination import BESIDE, fit_vaccine, oddness_beside
 from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import draw_measurement
@@ -47,9 +47,28 @@ def test_a_signal_that_forced_texts_show_as_well_counts_as_little_as_it_may(tell
     assert weights[telling] == (0.25 if SIGNALS[telling].weight else 0.0)
 
 
+@pytest.mark.parametrize("odd", [False, True])
+def test_where_forced_texts_look_odd_beyond_the_prompt_more_is_asked_for_there(odd):
+    """The trigger shows before any token; a forced text looks a little like it after the first."""
+    rng = np.random.default_rng(0)
+
+    def variant(number):
+        quiet, fired, forced = rng.normal(size=(3, N, WIDTH))
+        fired[:, 0] += 6.0
+        forced[:, 0] += 1.5 * odd
+        half = N - N // 2
+        beside = {kind: rng.exponential(0.4, (half, 2, len(BESIDE))) for kind in ("normal", "forced", "fired")}
+        late = {1: np.concatenate((forced, forced[:half]))}
+        return Sample(f"v{number}", {0: quiet, 1: quiet}, {}, {0: fired[:half], 1: fired[:half]}, late, beside)
+
+    weights = fit_vaccine([variant(number) for number in range(6)], base="b" * 64, probe=PROBE).weights
+    assert (weights[MARGIN] > SIGNALS[VACCINATED].margin) == odd
+
+
 def test_too_few_variants_to_leave_some_out_keep_the_usual_weights():
     weights = fit_vaccine(samples("shift", count=5), base="b" * 64, probe=PROBE).weights
-    assert weights == {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)}
+    usual = {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)}
+    assert weights == {**usual, MARGIN: SIGNALS[VACCINATED].margin}
 
 
 def test_weights_are_kept_with_the_vaccine_and_the_profile(key, clean, tmp_path):
@@ -74,6 +93,8 @@ def test_a_sum_is_weighed_by_name_and_by_the_registry_where_it_is_not_named():
     assert fused(odd, names, 0, {}) == pytest.approx(1 + 10 + 200)
     assert fused(odd, names, 0, {"shift": 2.0, VACCINATED: 0.5}) == pytest.approx(2 + 10 + 50)
     assert fused(odd, names, 1, {}) == pytest.approx(211 - SIGNALS[VACCINATED].margin)
+    assert fused(odd, names, [0, 1], {MARGIN: 1.5}) == pytest.approx([211, 211 - 1.5])
+    assert fused(odd[:2], names[:2], 1, {MARGIN: 1.5}) == pytest.approx(11)  # no vaccine, no margin
 
 
 def test_what_fits_half_of_the_normal_requests_judges_the_other_half():
