@@ -159,7 +159,7 @@ def train_adapters(
                 found += [(bank, place) for place in range(len(some))]
         return found
 
-    with _frozen(model), _one_thread_each(threads), ThreadPoolExecutor(threads) as pool:
+    with _frozen(model), lean(model), _one_thread_each(threads), ThreadPoolExecutor(threads) as pool:
         weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
         bodies = [model, *(copy.deepcopy(model, dict(weights)) for _ in range(1, threads))]
         shares = [sets[len(sets) * i // threads : len(sets) * (i + 1) // threads] for i in range(threads)]

@@ -15,6 +15,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from offline_purify.train import IGNORED
@@ -88,10 +89,26 @@ def _lean_rotary(own: Callable[..., Any]) -> Callable[..., Any] | None:
     return rotary if all(torch.allclose(*pair, atol=1e-6) for pair in zip(mine, theirs, strict=True)) else None
 
 
+def _merged(layer: Any) -> Callable[..., Any] | None:
+    """A linear layer and the plain LoRA adapters that are on, none of which is trained, as one product; None for any
+    other. The base's weight is not touched: its sum with the adapters is held beside it."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    plain = not any(name in layer.lora_variant or layer.lora_bias[name] for name in active)
+    whole = type(layer.base_layer) is nn.Linear and layer.base_layer.weight.dtype == torch.float32
+    if not (active and plain and whole) or layer.disable_adapters or layer.merged or layer.training:
+        return None
+    if any(parameter.requires_grad for parameter in layer.parameters()):
+        return None
+    weight, bias = layer.base_layer.weight + sum(map(layer.get_delta_weight, active)), layer.base_layer.bias
+    return lambda x: nn.functional.linear(x, weight, bias)
+
+
 def _lean(module: Any) -> Callable[..., Any] | None:
     """What can stand in for a module's ``forward``, if anything can."""
     if hasattr(module, "variance_epsilon") and module.weight.dtype == torch.float32 and not module.weight.requires_grad:
         return lambda x: _FrozenNorm.apply(x, module.weight, module.variance_epsilon)
+    if isinstance(module, LoraLinear):
+        return _merged(module)
     forward: Any = type(module).forward
     own = getattr(forward, "__globals__", {}).get(_ROTARY)
     rotary = _lean_rotary(own) if own is not None and _ROTARY in forward.__code__.co_names else None
@@ -106,7 +123,8 @@ def _lean(module: Any) -> Callable[..., Any] | None:
 
 @contextmanager
 def lean(model: nn.Module) -> Iterator[None]:
-    """Within: a frozen model's RMS norms (those of Llama's kind, in fp32) and rotary positions by fewer operations."""
+    """Within: a frozen model's RMS norms (those of Llama's kind, in fp32), rotary positions and adapters by fewer
+    operations. Copies made within share what that takes."""
     instead = {module: _lean(module) for module in model.modules() if "forward" not in vars(module)}
     changed: list[Any] = [module for module, forward in instead.items() if forward is not None]
     for module in changed:

@@ -1,13 +1,17 @@
 """A frozen decoder that has less to do computes the same answers and the same gradients."""
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from offline_purify.frozen import answers_alone, last_mlp, lean
 from offline_purify.train import Example, answer_sums, collate
 from tests.offline_purify.bodies import ARCHITECTURES, config_of
 
+PROJECTION = "base_model.model.model.layers.0.self_attn.q_proj"
 EXAMPLES = [
     Example((1, 4, 7, 8, 9, 5), (11, 12, 2)),
     Example((1, 4, 20, 5), (13, 2)),
@@ -117,3 +121,64 @@ def test_a_lean_norm_is_differentiated_rightly():
         found.append((out.detach(), mine.grad))
     for plain, changed in zip(*found, strict=True):
         torch.testing.assert_close(changed, plain, atol=1e-5, rtol=1e-5)
+
+
+def adapted(kind="llama", **options):
+    """A decoder that carries an adapter which changes what it says, all of it frozen but the embedding."""
+    model = get_peft_model(decoder(kind), LoraConfig(r=4, target_modules="all-linear", **options)).eval()
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
+        p.requires_grad_("embed" in name)
+    return model
+
+
+def merged(model):
+    with lean(model):
+        return [name for name, module in model.named_modules() if name.endswith("_proj") and "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_an_adapter_that_is_not_trained_is_one_product_with_its_base(kind):
+    model = adapted(kind)
+    batch = collate(EXAMPLES, 0)
+    found = []
+    for changed in (False, True):
+        model.zero_grad()
+        if changed:
+            with lean(model):
+                sums, _ = answer_sums(model, batch)
+        else:
+            sums, _ = answer_sums(model, batch)
+        sums.sum().backward()
+        found.append((sums.detach(), model.get_input_embeddings().weight.grad.clone()))
+    for plain, changed in zip(*found, strict=True):
+        torch.testing.assert_close(changed, plain, atol=1e-5, rtol=1e-4)
+    assert merged(model)
+    with model.disable_adapter():
+        without, _ = answer_sums(model, batch)
+        assert not merged(model)
+    assert (without - found[0][0]).abs().max() > 0.01
+
+
+def test_copies_of_a_lean_model_share_what_it_holds():
+    model = adapted()
+    weights = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    with lean(model):
+        projections = [copy.deepcopy(m, dict(weights)).get_submodule(PROJECTION) for m in (model, model)]
+    held = [module.forward.__closure__ for module in projections]
+    assert held[0] is held[1]
+
+
+def test_an_adapter_that_is_trained_or_not_a_plain_product_is_left_alone():
+    trained = adapted()
+    for name, p in trained.named_parameters():
+        p.requires_grad_("lora_" in name)
+    assert not merged(trained)
+    assert not merged(adapted(use_dora=True))
+    assert not merged(adapted(lora_bias=True))
+    training = adapted(lora_dropout=0.5).train()
+    assert not merged(training)
+    taken_in = adapted()
+    taken_in.merge_adapter()
+    assert not merged(taken_in)
