@@ -27,6 +27,8 @@ BESIDE: tuple[str, ...] = tuple(name for name, signal in SIGNALS.items() if sign
 """The signals that the test has beside the vaccine's."""
 
 _RIDGE = 0.3  # added to the variance of each pattern, which is about 1 (docs/vaccine.md)
+# scikit-learn's own 1e-4 leaves half a percent of a direction to rounding, and with it the choice between like weights.
+_SOLVED = 1e-6
 _SPREAD = 1e-3  # keeps a pattern that never moves from being divided by nothing
 # Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
 # flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
@@ -140,7 +142,7 @@ def _discriminant(quiet: np.ndarray, fired: np.ndarray, heads: int) -> Scorer:
     seen /= spread
     fires = np.r_[np.zeros(n), np.ones(len(fired))]
     # By conjugate gradients: a large model has more patterns than a matrix of them all could hold.
-    direction = Ridge(_RIDGE * len(seen), solver="lsqr").fit(seen, fires).coef_
+    direction = Ridge(_RIDGE * len(seen), solver="lsqr", tol=_SOLVED).fit(seen, fires).coef_
     return Scorer((direction / spread / (seen[:n] @ direction).std()).astype(np.float32), np.asarray([heads]))
 
 

@@ -49,6 +49,20 @@ def test_what_variants_share_is_recognised_in_one_it_never_saw(vaccine, pattern)
     assert (fired > np.quantile(clean, 0.99)).mean() > 0.9
 
 
+def test_a_direction_is_solved_to_more_than_rounding_changes():
+    """Features of one request move together, and an early stop would leave to the last bits where."""
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(12, WIDTH)) * np.geomspace(0.1, 3.0, 12)[:, None]
+    clean, fired = (rng.normal(size=(400, 12)) @ common + 0.1 * rng.normal(size=(400, WIDTH)) + at for at in (0.0, 0.1))
+    found = fit_vaccine([Sample("v", {0: clean}, {}, {0: fired})], base=BASE, probe=PROBE).scorers[0].direction
+    seen = head_patterns(Scale.fit(clean).standardised(np.concatenate((clean, fired))), HEADS)
+    spread = seen[:400].std(axis=0) + 1e-3
+    seen = (seen - seen.mean(axis=0)) / spread
+    exact = np.linalg.solve(seen.T @ seen + 0.3 * 800 * np.eye(seen.shape[1]), seen.T @ np.repeat((0.0, 1.0), 400))
+    exact /= spread
+    np.testing.assert_allclose(found / np.abs(found).max(), exact / np.abs(exact).max(), atol=5e-4)
+
+
 def test_a_trigger_is_recognised_that_moves_other_heads_than_any_variant_did():
     """In every layer one pair of heads comes to look alike, another one in each variant."""
     blocks, pairs = len(PROMPT_GROUPS) * LAYERS, HEADS * (HEADS - 1) // 2
