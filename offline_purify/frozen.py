@@ -124,7 +124,7 @@ def _lean(module: Any) -> Callable[..., Any] | None:
 @contextmanager
 def lean(model: nn.Module) -> Iterator[None]:
     """Within: a frozen model's RMS norms (those of Llama's kind, in fp32), rotary positions and adapters by fewer
-    operations. Copies made within share what that takes."""
+    operations. What is trained within must ask for its gradient already; copies made within share what is held."""
     instead = {module: _lean(module) for module in model.modules() if "forward" not in vars(module)}
     changed: list[Any] = [module for module, forward in instead.items() if forward is not None]
     for module in changed:
