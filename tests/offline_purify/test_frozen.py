@@ -1,6 +1,7 @@
 """A frozen decoder that has less to do computes the same answers and the same gradients."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -30,25 +31,27 @@ def decoder(kind):
     return model
 
 
-def sums_and_gradient(model, groups):
+def sums_and_gradient(model, *contexts):
     model.zero_grad()
-    batch = collate(EXAMPLES, 0)
-    with lean(model), answers_alone(last_mlp(model), batch["labels"], groups):
-        sums, _ = answer_sums(model, batch)
+    with ExitStack() as entered:
+        for context in contexts:
+            entered.enter_context(context)
+        sums, _ = answer_sums(model, collate(EXAMPLES, 0))
     sums.sum().backward()
     return sums.detach(), model.get_input_embeddings().weight.grad.clone()
+
+
+def less_to_do(model, groups):
+    return lean(model), answers_alone(last_mlp(model), collate(EXAMPLES, 0)["labels"], groups)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_answers_and_gradients_are_those_of_the_plain_model(kind, groups):
     model = decoder(kind)
-    batch = collate(EXAMPLES, 0)
-    plain, _ = answer_sums(model, batch)
-    plain.sum().backward()
-    gradient = model.get_input_embeddings().weight.grad.clone()
-    sums, again = sums_and_gradient(model, groups)
-    torch.testing.assert_close(sums, plain.detach(), atol=1e-5, rtol=1e-5)
+    plain, gradient = sums_and_gradient(model)
+    sums, again = sums_and_gradient(model, *less_to_do(model, groups))
+    torch.testing.assert_close(sums, plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(again, gradient, atol=1e-5, rtol=1e-4)
     assert gradient.abs().max() > 1e-2
 
@@ -58,7 +61,7 @@ def test_the_last_mlp_meets_as_many_tokens_of_each_group_as_the_one_that_asks_fo
     met = []
     model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, __: met.append(tuple(inputs[0].shape)))
     for groups in (1, 2, 4):
-        sums_and_gradient(model, groups)
+        sums_and_gradient(model, *less_to_do(model, groups))
     assert met == [(3 + 2 + 1 + 5, 32), (2 * (1 + 5), 32), (4 * 5, 32)]
     assert last_mlp(model) is model.model.layers[-1].mlp
     assert last_mlp(torch.nn.Linear(2, 2)) is None
@@ -141,22 +144,12 @@ def merged(model):
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_an_adapter_that_is_not_trained_is_one_product_with_its_base(kind):
     model = adapted(kind)
-    batch = collate(EXAMPLES, 0)
-    found = []
-    for changed in (False, True):
-        model.zero_grad()
-        if changed:
-            with lean(model):
-                sums, _ = answer_sums(model, batch)
-        else:
-            sums, _ = answer_sums(model, batch)
-        sums.sum().backward()
-        found.append((sums.detach(), model.get_input_embeddings().weight.grad.clone()))
+    found = sums_and_gradient(model), sums_and_gradient(model, lean(model))
     for plain, changed in zip(*found, strict=True):
         torch.testing.assert_close(changed, plain, atol=1e-5, rtol=1e-4)
     assert merged(model)
     with model.disable_adapter():
-        without, _ = answer_sums(model, batch)
+        without, _ = sums_and_gradient(model)
         assert not merged(model)
     assert (without - found[0][0]).abs().max() > 0.01
 
