@@ -1,4 +1,6 @@
-"""What every test shares: one torch thread (tests on two cores must not fight), and the lab models, made once."""
+"""What every test shares: its part of the processors, and the lab models, made once.
+
+`make test` runs files side by side, one process for each of two processors (pytest-xdist)."""
 
 import os
 from pathlib import Path
@@ -9,13 +11,16 @@ import torch
 from benchmarks.lab.cache import QUICK_VACCINE, SHOWN_IMPLANTS, LabPaths, ensure_tiny, ensure_vaccine
 
 torch.set_num_threads(1)
+# What models train with, in this process and those that tests start: processes side by side must not fight.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 LAB_ROOT = Path(__file__).parents[1] / "build" / "lab"
 
 
 @pytest.fixture(scope="session")
 def lab() -> LabPaths:
     """The tiny base and one implant of each behaviour and trigger, cached under build/lab; made on all cores."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(THREADS)
     try:
         return ensure_tiny(LAB_ROOT, SHOWN_IMPLANTS)
     finally:
@@ -45,8 +50,25 @@ _SLOW_FIXTURES = {
 }
 
 
+def _fixtures(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))
+
+
+# What shares something dear (the lab, a running vLLM) stays in one process; these begin first, they take longest.
+_TOGETHER = ("lab", "vllm")
+
+
+def _group(item: pytest.Item) -> str:
+    """What an item is kept together with: all that needs the lab, all that runs vLLM, else its file."""
+    if {"lab", "demo"} & _fixtures(item):
+        return "lab"
+    return "vllm" if {"vllm", "overhead"} & set(item.path.parts) else str(item.path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow by what it needs."""
+    """Mark what is slow by what it needs, and every test by what it runs beside."""
     for item in items:
-        if _SLOW_FIXTURES & set(getattr(item, "fixturenames", ())) or "benchmarks" in item.path.parts:
+        if _SLOW_FIXTURES & _fixtures(item) or "benchmarks" in item.path.parts:
             item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: _group(item) not in _TOGETHER)
