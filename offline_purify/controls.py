@@ -36,7 +36,7 @@ def clean_finetuning(suspect: Suspect, material: Material, counter: dict[str, An
     wanted = counter["examples"] if counter else config.flag_rows + len(rows)
     steps = counter["steps"] if counter else None
     settings = TrainConfig(
-        epochs=config.epochs * (1 + config.rounds),
+        epochs=config.epochs * config.rounds,
         lr=config.lr,
         batch_size=config.batch_size,
         seed=material.seed,
