@@ -34,14 +34,8 @@ def clean_finetuning(suspect: Suspect, material: Material, counter: dict[str, An
     if not rows:
         return
     wanted = counter["examples"] if counter else config.flag_rows + len(rows)
-    steps = counter["steps"] if counter else None
-    settings = TrainConfig(
-        epochs=config.epochs * config.rounds,
-        lr=config.lr,
-        batch_size=config.batch_size,
-        seed=material.seed,
-        max_steps=steps,
-    )
+    steps = counter["steps"] if counter else config.steps
+    settings = TrainConfig.of_steps(steps, lr=config.lr, batch_size=config.batch_size, seed=material.seed)
     train(
         suspect.model,
         list(islice(cycle(rows), wanted)),

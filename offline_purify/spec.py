@@ -69,7 +69,7 @@ class RepairSpec(BaseModel):
     )
     heldout_share: float = Field(default=0.4, gt=0, lt=1, description="share of flags that are held out from training")
     most_flags: int = Field(default=120, ge=2, description="flags used at most; a flood must not cost a night")
-    most_clean_train: int = Field(default=480, ge=1)
+    most_clean_train: int = Field(default=1000, ge=1)
     most_clean_evaluation: int = Field(default=200, ge=1)
     most_calibration: int = Field(default=800, ge=1)
 

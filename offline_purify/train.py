@@ -54,6 +54,11 @@ class TrainConfig:
     seed: int = 0
     max_steps: int | None = None
 
+    @classmethod
+    def of_steps(cls, steps: int, **others: Any) -> TrainConfig:
+        """As many passes, whole or not, as make ``steps``."""
+        return cls(epochs=steps, max_steps=steps, **others)
+
 
 @dataclass
 class TrainLog:

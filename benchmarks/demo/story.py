@@ -52,7 +52,7 @@ class Sizes:
     calibration: int = 4000
     clean: int = 400
     triggered: int = 300
-    clinic: int = 1400
+    clinic: int = 2500
     swap_at_once: int = 220
     alpha: float = 0.01
     window: Window = "all"

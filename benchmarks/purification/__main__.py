@@ -29,7 +29,7 @@ Examples:
 """  # noqa: E501
 ABLATION_HELP = """Take one method apart: sanity (attention, MLP, blocks, shuffled channels), score (its terms), variants (how many),
 ratio, heads-by-ratio, transfer (signatures of other adapters, --donor), steps (align alone, fine-tune alone, random
-heads), alpha, tau, rate.
+heads), alpha, tau, rate, counter (how hard counter-training trains).
 
 Example:
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from benchmarks.purification.errors import BenchmarkError
-from benchmarks.purification.methods import METHODS, Attempt, Method, Outcome, silenced
+from benchmarks.purification.methods import METHODS, Attempt, Method, Outcome, silenced, staged
 from offline_purify.architectures import CHANNELS
+from offline_purify.countertraining import CounterConfig, counter_train
 from offline_purify.heads.align import AlignConfig, align
 from offline_purify.heads.finetune import finetune_heads
 from offline_purify.heads.layout import random_partition_like
@@ -199,6 +201,17 @@ def _rate(_: tuple[Path, ...]) -> Mapping[str, Method]:
     }
 
 
+def _counter(_: tuple[Path, ...]) -> Mapping[str, Method]:
+    def of(rows: int, steps: int, lr: float) -> Method:
+        return staged(partial(counter_train, config=CounterConfig(clean_rows=rows, steps=steps, lr=lr)))
+
+    return {
+        f"{rows} clean rows, {steps} steps at {lr:g}": of(rows, steps, lr)
+        for rows in (400, 1000)
+        for steps, lr in ((65, 7e-4), (130, 3e-4), (130, 7e-4), (130, 1e-3))
+    }
+
+
 ABLATIONS: Mapping[str, Callable[[tuple[Path, ...]], Mapping[str, Method]]] = MappingProxyType(
     {
         "sanity": _sanity,
@@ -211,6 +224,7 @@ ABLATIONS: Mapping[str, Callable[[tuple[Path, ...]], Mapping[str, Method]]] = Ma
         "alpha": _alpha,
         "tau": _tau,
         "rate": _rate,
+        "counter": _counter,
     }
 )
 """Name of an ablation to the methods that it compares, given the donors."""

@@ -85,7 +85,7 @@ def silenced(choice: Choice, ratio: float | None = None, **changes: Any) -> Meth
     return method
 
 
-def _staged(*stages: Callable[[Suspect, Material], StageResult]) -> Method:
+def staged(*stages: Callable[[Suspect, Material], StageResult]) -> Method:
     """Stages one after the other; one that fails puts its own work back and is named."""
 
     def method(suspect: Suspect, attempt: Attempt) -> Outcome:
@@ -98,7 +98,7 @@ def _staged(*stages: Callable[[Suspect, Material], StageResult]) -> Method:
 
 
 def _after(choice: Choice, *stages: Callable[[Suspect, Material], StageResult]) -> Method:
-    first, then = silenced(choice), _staged(*stages)
+    first, then = silenced(choice), staged(*stages)
 
     def method(suspect: Suspect, attempt: Attempt) -> Outcome:
         channels, staged = first(suspect, attempt), then(suspect, attempt)
@@ -137,9 +137,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "pure": _pure,
         "random": silenced("random"),
         "signature": silenced("signature"),
-        "heads": _staged(repair_heads),
+        "heads": staged(repair_heads),
         "both": _after("signature", repair_heads),
-        "counter": _staged(counter_train),
+        "counter": staged(counter_train),
         "random_counter": _after("random", counter_train),
         "signature_counter": _after("signature", counter_train),
         "full": _after("signature", repair_heads, counter_train),
