@@ -16,6 +16,7 @@ from offline_purify.train import (
     batch_loss,
     collate,
     encode_row,
+    index_batches,
     learning_rate,
     length_batches,
     mean_answer_losses,
@@ -94,6 +95,13 @@ def test_every_example_is_in_exactly_one_batch_of_an_epoch():
     batches = length_batches(examples, 8, random.Random(0))
     assert sorted(i for b in batches for i in b) == list(range(49))
     assert max(len(b) for b in batches) == 8
+
+
+@pytest.mark.parametrize("examples", [3, 40])
+def test_a_training_of_so_many_steps_has_them_however_few_its_examples(examples):
+    batches = list(index_batches([()] * examples, TrainConfig.of_steps(7, batch_size=4)))
+    assert len(batches) == 7
+    assert set(batches[0]) <= set(range(examples))
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
