@@ -62,9 +62,10 @@ def _group(item: pytest.Item) -> str:
     """What an item is kept together with: all that needs the lab, all that runs vLLM, else its file."""
     if {"lab", "demo"} & _fixtures(item):
         return "lab"
-    return "vllm" if {"vllm", "overhead"} & set(item.path.parts) else str(item.path)
+    return "vllm" if {"vllm", "overhead"} & set(item.path.parts) else item.nodeid.split("::")[0]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow by what it needs, and every test by what it runs beside."""
     for item in items:
