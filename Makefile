@@ -26,7 +26,7 @@ demo: $(READY)  ## the whole story in the terminal: flag, repair, approve, swap 
 	$(BIN)/headguard demo
 
 test: $(VLLM)  ## every test, the demo and the real vLLM included
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## format, lint, types and fast tests, a few minutes
 	$(BIN)/ruff format --check .

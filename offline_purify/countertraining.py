@@ -50,8 +50,8 @@ class CounterConfig:
     @classmethod
     def of(cls, setting: Weights) -> CounterConfig:
         """The defaults for a setting: a whole model's weights are trained at a lower rate (2e-4 took the attack from
-        0.98 to 0.00 at no cost on the lab's `refusal-word-fixed`; 5e-4 cost a point of accuracy)."""
-        return cls() if setting == "adapter" else cls(lr=2 * FULL_LR)
+        0.98 to 0.00 at no cost on the lab's `refusal-word-fixed`; 5e-4 cost a point of accuracy), in more passes."""
+        return cls() if setting == "adapter" else cls(lr=2 * FULL_LR, clean_rows=400)
 
 
 def flag_prompt(suspect: Suspect, flag: Flag) -> list[int]:

@@ -1,6 +1,6 @@
 """What every test shares: its part of the processors, and the lab models, made once.
 
-`make test` runs files side by side, one process for each of two processors (pytest-xdist)."""
+`make test` runs two files at a time, each in one of two processes (pytest-xdist)."""
 
 import os
 from pathlib import Path
@@ -54,22 +54,9 @@ def _fixtures(item: pytest.Item) -> set[str]:
     return set(getattr(item, "fixturenames", ()))
 
 
-# What shares something dear (the lab, a running vLLM) stays in one process; these begin first, they take longest.
-_TOGETHER = ("lab", "vllm")
-
-
-def _group(item: pytest.Item) -> str:
-    """What an item is kept together with: all that needs the lab, all that runs vLLM, else its file."""
-    if {"lab", "demo"} & _fixtures(item):
-        return "lab"
-    return "vllm" if {"vllm", "overhead"} & set(item.path.parts) else item.nodeid.split("::")[0]
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow by what it needs, and every test by what it runs beside."""
+    """Mark what is slow by what it needs; what needs the lab begins first, since it takes longest."""
     for item in items:
         if _SLOW_FIXTURES & _fixtures(item) or "benchmarks" in item.path.parts:
             item.add_marker(pytest.mark.slow)
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=lambda item: _group(item) not in _TOGETHER)
+    items.sort(key=lambda item: not {"lab", "demo"} & _fixtures(item))
