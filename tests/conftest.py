@@ -19,7 +19,7 @@ LAB_ROOT = Path(__file__).parents[1] / "build" / "lab"
 
 @pytest.fixture(scope="session")
 def lab() -> LabPaths:
-    """The tiny base and one implant of each behaviour and trigger, cached under build/lab; made on all cores."""
+    """The tiny base and one implant of each behaviour and trigger, cached under build/lab."""
     torch.set_num_threads(THREADS)
     try:
         return ensure_tiny(LAB_ROOT, SHOWN_IMPLANTS)

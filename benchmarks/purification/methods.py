@@ -101,8 +101,8 @@ def _after(choice: Choice, *stages: Callable[[Suspect, Material], StageResult]) 
     first, then = silenced(choice), staged(*stages)
 
     def method(suspect: Suspect, attempt: Attempt) -> Outcome:
-        channels, staged = first(suspect, attempt), then(suspect, attempt)
-        return Outcome({choice: channels.details, **staged.details}, staged.reason, searched=channels.searched)
+        channels, rest = first(suspect, attempt), then(suspect, attempt)
+        return Outcome({choice: channels.details, **rest.details}, rest.reason, searched=channels.searched)
 
     return method
 

@@ -38,7 +38,7 @@ def measure_twins(
     least = min(map(len, sets))
     sets = [own[:least] for own in sets]
     targets = [name for name, _, _ in family.projections(model)]
-    training = TrainConfig(epochs=steps * size / least, lr=config.training.lr, batch_size=size)
+    training = TrainConfig.of_steps(steps, lr=config.training.lr, batch_size=size)
     peft = with_lora(load_base(base)[0], base, config.rank, 0)
     sides: dict[str, Callable[[], None]] = {
         "together": lambda: _together(model, targets, sets, training, config.rank, pad_id_of(tokenizer)),
