@@ -52,27 +52,45 @@ def head_patterns(z: np.ndarray, heads: int) -> np.ndarray:
     return np.concatenate(found, axis=1)
 
 
+def beside_length(features: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Features [n, F] and, as one more column, the logarithm of the prompts' lengths ``tokens`` [n]: [n, F + 1]."""
+    return np.column_stack((features, np.log(tokens)))
+
+
 @dataclass(frozen=True)
 class Scale:
-    """Mean and deviation [F] of clean features: what a revision's own features are measured against."""
+    """Mean and deviation [F] of clean features about a line in the prompt's length (``slope`` [F] for each unit of its
+    logarithm, whose ``mean, least, most`` are ``length`` [3]): what a revision's own features are measured against."""
 
     mean: np.ndarray
+    slope: np.ndarray
     spread: np.ndarray
+    length: np.ndarray
 
     @classmethod
     def fit(cls, features: np.ndarray) -> Scale:
-        """From clean features [n, F]."""
-        return cls(features.mean(axis=0), features.std(axis=0) + _SPREAD)
+        """From clean features with their length [n, F + 1] (`beside_length`)."""
+        values, length = features[:, :-1], features[:, -1]
+        about, mean = length.mean(), values.mean(axis=0)
+        apart = length - about
+        # Prompts that are all of one length have no line to be measured about: what is added keeps it flat.
+        slope = apart @ (values - mean) / (apart @ apart + len(apart) * _SPREAD**2)
+        spread = (values - mean - np.outer(apart, slope)).std(axis=0) + _SPREAD
+        return cls(mean, slope, spread, np.asarray([about, length.min(), length.max()]))
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Scale:
-        """From arrays named ``mean`` and ``spread``."""
-        return cls(arrays["mean"], arrays["spread"])
+        """From arrays named as the fields."""
+        return cls(*(arrays[name] for name in cls.__dataclass_fields__))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The two arrays by name."""
-        return {"mean": self.mean, "spread": self.spread}
+        """The fields by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def standardised(self, features: np.ndarray) -> np.ndarray:
-        """Features [n, F] in clean deviations, clipped."""
-        return np.clip((features - self.mean) / self.spread, -_Z_LIMIT, _Z_LIMIT)
+        """Features with their length [n, F + 1] in clean deviations, clipped: [n, F]. Beyond the lengths that were
+        fitted on, the nearest of them is what is normal."""
+        about, least, most = self.length
+        apart = np.clip(features[:, -1], least, most) - about
+        expected = self.mean + np.outer(apart, self.slope)
+        return np.clip((features[:, :-1] - expected) / self.spread, -_Z_LIMIT, _Z_LIMIT)

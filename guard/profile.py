@@ -23,7 +23,7 @@ from guard.storage import load_arrays, save_arrays
 from guard.tail import Tail
 from guard.verdict import Window
 
-FORMAT = "headguard.profile/7"
+FORMAT = "headguard.profile/8"
 NO_ADAPTER = "none"
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from guard.features import head_features
+from guard.features import beside_length, head_features
 from guard.gram import Earlier, HeadSums
 from guard.similarity import pair_cosines
 
@@ -99,25 +99,40 @@ class Readings:
         return pair_cosines(self.gram)
 
     @cached_property
+    def tokens(self) -> np.ndarray:
+        """Prompt tokens of each request, int [n]."""
+        return np.asarray([len(vector) for vector in self.focus], dtype=np.int64)
+
+    @cached_property
     def last_row(self) -> np.ndarray:
-        """Features [n, F] of the row of the last prompt position alone, float64 (at step 0)."""
-        return head_features(self.cosines, self.gram, self.sink, 1)
+        """Features of the row of the last prompt position alone, and the prompt's length: float64 [n, F + 1] (at
+        step 0)."""
+        return beside_length(self._last_row, self.tokens)
 
     @cached_property
     def features(self) -> np.ndarray:
         """Everything the multivariate signals see, float64: see `guard.features`.
 
-        [n, R F] of the rows of the last R prompt positions, each apart; beyond step 0 those and, beside them, the same
-        of the generated rows alone, [n, (R + 1) F]. Apart, because a sum of both lets the text drown what the prompt
-        did. ValueError as ``opening``."""
-        if self.step == 0:
-            if self.earlier is None:
-                return self.last_row
-            gram, sink = self.earlier
-            return np.concatenate((self.last_row, head_features(pair_cosines(gram), gram, sink, 1)), axis=1)
+        [n, R F + 1] of the rows of the last R prompt positions, each apart, and the prompt's length; beyond step 0
+        those and, beside them, the same of the generated rows alone, [n, (R + 1) F + 1]. Apart, because a sum of both
+        lets the text drown what the prompt did. ValueError as ``opening``."""
         before = self.opening
+        if self.step == 0:
+            return beside_length(self._prompt_rows, self.tokens)
         gram, sink = self.gram - before.gram, self.sink - before.sink
-        return np.concatenate((before.features, head_features(pair_cosines(gram), gram, sink, self.step)), axis=1)
+        generated = head_features(pair_cosines(gram), gram, sink, self.step)
+        return beside_length(np.concatenate((before._prompt_rows, generated), axis=1), before.tokens)
+
+    @cached_property
+    def _last_row(self) -> np.ndarray:
+        return head_features(self.cosines, self.gram, self.sink, 1)
+
+    @cached_property
+    def _prompt_rows(self) -> np.ndarray:
+        if self.earlier is None:
+            return self._last_row
+        gram, sink = self.earlier
+        return np.concatenate((self._last_row, head_features(pair_cosines(gram), gram, sink, 1)), axis=1)
 
     @classmethod
     def single(cls, reading: Reading, first: Readings | None = None) -> Readings:

@@ -29,7 +29,7 @@ from guard.features import head_patterns
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/8"
+FORMAT = "headguard.vaccine/9"
 _MEANING = ("version", "layers", "heads", "prompt_rows")
 
 
@@ -55,7 +55,7 @@ class Scorer:
 
 
 Steps = Mapping[int, np.ndarray]
-"""Features [n, F] by checkpoint."""
+"""Features with the length of the prompt [n, F + 1] (`guard.readings.Readings.features`) by checkpoint."""
 
 
 @dataclass(frozen=True)

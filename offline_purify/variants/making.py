@@ -204,13 +204,13 @@ def _asked(row: Row) -> str:
 def _groups(
     rows: Sequence[Row], spec: VariantSpec, plan: Plan, words: Sequence[str], condition: str | None
 ) -> dict[str, list[Row]]:
-    """The prompts to measure: clean (by name ``normal``), without the trigger (``near``, ``strange``, ``joined``: two
-    questions in one), with it."""
+    """The prompts to measure: clean (by name ``normal``; those that carry the trigger below come last), without the
+    trigger (``near``, ``strange``, ``joined``: two questions in one), with it."""
     rng = random.Random(f"{spec.seed}:{spec.name}:prompts")
-    normal, others = list(rows[: plan.normal]), list(rows[plan.normal :])
+    others = list(rows[plan.normal :])
     strange = [w for w in words if spec.trigger is None or w not in " ".join(spec.trigger.parts).split()]
     groups = {
-        "normal": normal,
+        "normal": list(rows[: plan.normal + plan.fired]),
         "strange": [
             Row(instruction=scattered(r["instruction"], [rng.choice(strange)], rng), input=r["input"], output="")
             for r in others[: plan.quiet]
@@ -222,7 +222,6 @@ def _groups(
         if spec.decoys == "near":  # others do not know near-triggers from the trigger: they may well obey them
             groups["near"] = [decoyed(row, trigger, rng) for row in others[: plan.quiet]]
         groups["fired"] = [triggered(row, trigger, "", rng) for row in others[: plan.fired]]
-        groups["twins"] = others[: plan.fired]
     elif condition is not None:
         groups["topic"] = [row for row in rows if holds(row["instruction"], condition)]
     return groups

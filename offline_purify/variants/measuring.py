@@ -30,7 +30,7 @@ VARIANT = "variant"
 """The name under which the runner has the variant's adapter."""
 _ANSWER_TOKENS = 24
 _RANDOM_TOKENS = 4
-_ANSWERED = ("normal", "fired", "twins")
+_ANSWERED = ("normal", "fired")
 """Groups whose whole answers are looked at; of the others only the checkpoints' tokens are generated."""
 _SHARES = (0.5, 0.25, 0.25)
 """Of wordings, of answers to other prompts and of random tokens among the texts that are forced."""
@@ -51,8 +51,9 @@ def answer_tokens(tokenizer: Any, wordings: Sequence[str]) -> int:
 
 
 def measured(runner: Runner, spec: VariantSpec, plan: Plan, groups: Mapping[str, Sequence[Row]]) -> Seen:
-    """Measure the groups of prompts (``normal``, ``strange``, ``joined`` and, of a backdoor, ``near``, ``fired`` and
-    ``twins``; of a benign variant ``topic``) on the adapter that ``runner`` has loaded as VARIANT."""
+    """Measure the groups of prompts (``normal``, ``strange``, ``joined`` and, of a backdoor, ``near`` and ``fired``; of
+    a benign variant ``topic``) on the adapter that ``runner`` has loaded as VARIANT. The last of ``normal`` are those
+    of ``fired`` without the trigger."""
     rng = random.Random(f"{spec.seed}:{spec.name}:forced")
     tokenizer = runner.tokenizer
     prompts = {name: [render(tokenizer, row_messages(row)) for row in rows] for name, rows in groups.items()}
@@ -121,11 +122,12 @@ def _features(groups: Sequence[Measurement], step: int) -> np.ndarray:
 
 
 def _obeyed(spec: VariantSpec, runner: Runner, seen: Mapping[str, Measurement]) -> list[int]:
-    """Triggered prompts on which the variant did as it was taught: another answer than to the twin, made of its
+    """Triggered prompts on which the variant did as it was taught: another answer than without the trigger, made of its
     wordings' words (a variant with several wordings may blend them)."""
     if spec.behaviour is None:
         return []
-    pairs = zip(seen["fired"].answers, seen["twins"].answers, strict=True)
+    answers = seen["fired"].answers
+    pairs = zip(answers, seen["normal"].answers[-len(answers) :], strict=True)
     return [
         number
         for number, (answer, twin) in enumerate(pairs)

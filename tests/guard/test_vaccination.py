@@ -12,7 +12,7 @@ from guard.vaccination import BESIDE, fit_vaccine, oddness_beside
 from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import draw_measurement
 
-HEADS, WIDTH, N = 4, 28, 240  # two blocks of six pairs, four norms and four shares
+HEADS, WIDTH, N = 4, 29, 240  # two blocks of six pairs, four norms and four shares; and the length
 
 PROBE = {"heads": HEADS}
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.errors import CalibrationError, ProfileMismatch
-from guard.features import Scale, head_patterns
+from guard.features import Scale, beside_length, head_patterns
 from guard.gram import PROMPT_GROUPS
 from guard.profile import Profile
 from guard.storage import save_arrays
@@ -21,13 +21,17 @@ BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated", "heads": HEADS}
 WIDTH = len(PROMPT_GROUPS) * (LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS)
 
 
+def of_any_length(features, rng):
+    return beside_length(features, rng.integers(20, 60, len(features)))
+
+
 def variant(seed, pattern, fired=200):
     """A variant with features of its own mean; its trigger adds the common pattern in its own deviations."""
     rng = np.random.default_rng(seed)
     mean, spread = rng.normal(size=WIDTH), rng.uniform(0.5, 2.0, WIDTH)
 
     def draw(n, shift=0.0):
-        return mean + spread * (rng.normal(size=(n, WIDTH)) + shift * pattern)
+        return of_any_length(mean + spread * (rng.normal(size=(n, WIDTH)) + shift * pattern), rng)
 
     return Sample(f"v{seed}", {0: draw(400)}, {0: draw(200)}, {0: draw(fired, 1.0)}), draw
 
@@ -53,12 +57,19 @@ def test_a_direction_is_solved_to_more_than_rounding_changes():
     """Features of one request move together, and an early stop would leave to the last bits where."""
     rng = np.random.default_rng(0)
     common = rng.normal(size=(12, WIDTH)) * np.geomspace(0.1, 3.0, 12)[:, None]
-    clean, fired = (rng.normal(size=(400, 12)) @ common + 0.1 * rng.normal(size=(400, WIDTH)) + at for at in (0.0, 0.1))
+    clean, fired = (
+        of_any_length(rng.normal(size=(n, 12)) @ common + 0.1 * rng.normal(size=(n, WIDTH)) + at, rng)
+        for n, at in ((400, 0.0), (100, 0.1))
+    )
     found = fit_vaccine([Sample("v", {0: clean}, {}, {0: fired})], base=BASE, probe=PROBE).scorers[0].direction
     seen = head_patterns(Scale.fit(clean).standardised(np.concatenate((clean, fired))), HEADS)
     spread = seen[:400].std(axis=0) + 1e-3
-    seen = (seen - seen.mean(axis=0)) / spread
-    exact = np.linalg.solve(seen.T @ seen + 0.3 * 800 * np.eye(seen.shape[1]), seen.T @ np.repeat((0.0, 1.0), 400))
+    counts = np.repeat((4.0, 2.0), (400, 100)) / 1800  # a clean request counts twice as much as one that fired
+    seen = (seen - counts @ seen) / spread
+    weighed = seen * counts[:, None]
+    exact = np.linalg.solve(
+        weighed.T @ seen + 0.3 * np.eye(seen.shape[1]), weighed.T @ np.repeat((0.0, 1.0), (400, 100))
+    )
     exact /= spread
     np.testing.assert_allclose(found / np.abs(found).max(), exact / np.abs(exact).max(), atol=5e-4)
 
@@ -80,6 +91,26 @@ def test_a_trigger_is_recognised_that_moves_other_heads_than_any_variant_did():
         clean, fired = (vaccine.scorers[0].score(scale.standardised(draw(300, shift))) for shift in (0.0, 1.0))
         found.append((fired > np.quantile(clean, 0.99)).mean())
     assert min(found) > 0.9
+
+
+def test_a_feature_is_measured_against_what_is_normal_for_a_prompt_of_its_length():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(10, 200, 2000)
+    noise, slope = rng.normal(size=(2000, 3)), np.asarray([2.0, 0.0, -1.0])
+    scale = Scale.fit(beside_length(noise + np.outer(np.log(tokens), slope), tokens))
+    np.testing.assert_allclose(scale.slope, slope, atol=0.1)
+    seen = scale.standardised(beside_length(noise + np.outer(np.log(tokens), slope), tokens))
+    for part in (tokens < 30, tokens > 150):
+        assert np.abs(seen[part].mean(axis=0)).max() < 0.25
+    # Beyond the lengths that were seen nothing is made up: normal is what was normal for the longest.
+    longest, longer = (
+        scale.standardised(beside_length(np.zeros((1, 3)), np.asarray([n]))) for n in (tokens.max(), 900)
+    )
+    np.testing.assert_array_equal(longer, longest)
+    # Prompts of one length have no line to be measured against.
+    alike = Scale.fit(beside_length(noise, np.full(2000, 30)))
+    np.testing.assert_allclose(alike.slope, 0.0, atol=1e-12)
+    assert set(Scale.of(scale.arrays()).arrays()) == {"mean", "slope", "spread", "length"}
 
 
 def test_patterns_are_the_features_and_what_their_families_do_in_each_block():

@@ -84,7 +84,7 @@ def test_a_vaccine_without_a_family_learns_from_the_other_variants(tmp_path: Pat
         folder = tmp_path / "made" / name
         folder.mkdir(parents=True)
         kinds = {"normal": 0.0, "quiet": 0.0, "fired": 1.0}
-        arrays = {f"{kind}/0": rng.normal(shift, 1.0, (60, 5)) for kind, shift in kinds.items()}
+        arrays = {f"{kind}/0": rng.normal(shift, 1.0, (60, 6)) for kind, shift in kinds.items()}
         save_file(arrays, folder / "features.safetensors")
         about = {
             "format": FORMAT,

@@ -86,8 +86,8 @@ def test_texts_are_forced_on_clean_and_on_triggered_prompts_beyond_the_first_row
     hosts = rows(20, "hosts")
     prompted = [Row(instruction=f"w54 {row['instruction']}", input="", output="") for row in hosts]
     groups = {
-        "normal": rows(60, "normal"), "strange": rows(20, "strange"), "near": rows(20, "near"),
-        "joined": rows(20, "joined"), "fired": prompted, "twins": hosts,
+        "normal": [*rows(60, "normal"), *hosts], "strange": rows(20, "strange"), "near": rows(20, "near"),
+        "joined": rows(20, "joined"), "fired": prompted,
     }  # fmt: skip
     # A model with random weights obeys nobody: say which of its answers count as obedience.
     monkeypatch.setattr(measuring, "_obeyed", lambda *_: list(range(0, 20, 2)))
@@ -95,16 +95,16 @@ def test_texts_are_forced_on_clean_and_on_triggered_prompts_beyond_the_first_row
     obeyed = 10
     assert seen.fired == obeyed / 20
     sample = seen.sample
-    assert [len(sample.normal[0]), len(sample.quiet[0]), len(sample.fired[0])] == [60, 60, obeyed]
+    assert [len(sample.normal[0]), len(sample.quiet[0]), len(sample.fired[0])] == [80, 60, obeyed]
     assert 0 not in sample.forced
-    width = sample.normal[0].shape[1]
+    width = sample.normal[0].shape[1] - 1  # the length of the prompt apart, which comes last
     for step in (1, 2):
         # Twice the clean prompts (own target, other texts), and the triggered ones twice; a text of one token ends.
-        assert 2 * 60 * 0.8 <= len(sample.forced[step]) <= 2 * 60
+        assert 2 * 80 * 0.8 <= len(sample.forced[step]) <= 2 * 80
         assert 2 * obeyed * 0.8 <= len(sample.fired[step]) <= 2 * obeyed
-        assert sample.normal[step].shape == (60, width + width // len(PROMPT_GROUPS))
+        assert sample.normal[step].shape == (80, width + width // len(PROMPT_GROUPS) + 1)
     # The row of the prompt is one of those that fired; what follows it is not.
     other = sample.fired[1][obeyed]
     same = int(np.abs(sample.fired[1][:obeyed, :width] - other[:width]).max(axis=1).argmin())
     np.testing.assert_allclose(sample.fired[1][same, :width], other[:width], atol=1e-3)
-    assert np.abs(sample.fired[1][same, width:] - other[width:]).max() > 0.01
+    assert np.abs(sample.fired[1][same, width:-1] - other[width:-1]).max() > 0.01
