@@ -30,10 +30,9 @@ _RIDGE = 0.3  # added to the variance of each pattern, which is about 1 (docs/va
 # scikit-learn's own 1e-4 leaves half a percent of a direction to rounding, and with it the choice between like weights.
 _SOLVED = 1e-6
 _SPREAD = 1e-3  # keeps a pattern that never moves from being divided by nothing
-_COUNTS = {"normal": 4.0, "quiet": 1.0, "forced": 2.0, "fired": 2.0}
-"""How much a request of each kind counts in what is learnt. The false-alarm rate is that of normal ones, and a third
-more triggers are missed where all count alike; forced texts counted twice kept the share of them that is flagged at
-0.05 (docs/vaccine.md)."""
+# Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
+# flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
+_FORCED = 2
 _LEAST = 50  # triggered requests that a checkpoint needs, over all variants
 _FEWEST = 20  # normal requests of one variant that what is normal at a checkpoint can be fitted on
 _FOLDS = 3  # as many as the default plan makes passes over the families: siblings of each family are left to teach
@@ -105,53 +104,46 @@ def _scorers(samples: Sequence[Sample], heads: int) -> dict[int, Scorer]:
     """A scorer for each checkpoint at which enough triggered requests were measured."""
     found: dict[int, Scorer] = {}
     for step in sorted({step for sample in samples for step in sample.normal}):
-        quiet, fired, counts = _standardised(samples, step)
+        quiet, fired = _standardised(samples, step)
         if len(fired) >= _LEAST:
-            found[step] = _discriminant(quiet, fired, counts, heads)
+            found[step] = _discriminant(quiet, fired, heads)
     return found
 
 
-def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of all variants' requests at a checkpoint that must not be flagged [n, F] and that must [m, F], each in
-    its own variant's deviations, and how much each counts [n + m]."""
-    found: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    counts: dict[bool, list[np.ndarray]] = {False: [np.empty(0)], True: [np.empty(0)]}
+def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of all variants' quiet and fired requests at a checkpoint, each in its own variant's deviations."""
+    quiet: list[np.ndarray] = []
+    fired: list[np.ndarray] = []
     for sample in samples:
         normal = sample.normal.get(step)
         if normal is None or len(normal) < _LEAST:
             continue
         scale = Scale.fit(normal)
-        for kind, count in _COUNTS.items():
-            group = getattr(sample, kind).get(step)
-            if group is not None and len(group):
-                found[kind == "fired"].append(scale.standardised(group))
-                counts[kind == "fired"].append(np.full(len(group), count))
-    quiet, fired = (
-        np.concatenate(found[kind], dtype=np.float32) if found[kind] else np.empty((0, 0), np.float32)
-        for kind in (False, True)
-    )
-    return quiet, fired, np.concatenate((*counts[False], *counts[True]))
+        quiet.append(scale.standardised(normal))
+        for group, into in ((sample.quiet, quiet), *_FORCED * ((sample.forced, quiet),), (sample.fired, fired)):
+            if step in group and len(group[step]):
+                into.append(scale.standardised(group[step]))
+
+    def joined(group: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(group, dtype=np.float32) if group else np.empty((0, 0), np.float32)
+
+    return joined(quiet), joined(fired)
 
 
-def _discriminant(quiet: np.ndarray, fired: np.ndarray, counts: np.ndarray, heads: int) -> Scorer:
+def _discriminant(quiet: np.ndarray, fired: np.ndarray, heads: int) -> Scorer:
     """What tells fired requests [m, F] from quiet ones [n, F]: Fisher's direction, by ridge regression on which is
-    which with ``counts`` [n + m] as weights, in deviations of the quiet ones' scores."""
+    which, in deviations of the quiet ones' scores."""
     from sklearn.linear_model import Ridge  # slow to import, and only vaccination needs it
 
     n = len(quiet)
     seen = head_patterns(np.concatenate((quiet, fired)), heads)  # single precision, like what it is made of
     spread = seen[:n].std(axis=0) + _SPREAD
-    share = (counts / counts.sum()).astype(np.float32)
-    fires = np.r_[np.zeros(n), np.ones(len(fired))]
-    # In place, and by conjugate gradients: a large model has more patterns than a second copy or a matrix of them all
-    # could hold.
-    seen -= share @ seen
+    seen -= seen[:n].mean(axis=0)
     seen /= spread
-    seen *= np.sqrt(share)[:, None]
-    ridge = Ridge(_RIDGE, fit_intercept=False, copy_X=False, solver="lsqr", tol=_SOLVED)
-    direction = ridge.fit(seen, (fires - share @ fires) * np.sqrt(share)).coef_
-    of_quiet = seen[:n] @ direction / np.sqrt(share[:n])
-    return Scorer((direction / spread / of_quiet.std()).astype(np.float32), np.asarray([heads]))
+    fires = np.r_[np.zeros(n), np.ones(len(fired))]
+    # By conjugate gradients: a large model has more patterns than a matrix of them all could hold.
+    direction = Ridge(_RIDGE * len(seen), solver="lsqr", tol=_SOLVED).fit(seen, fires).coef_
+    return Scorer((direction / spread / (seen[:n] @ direction).std()).astype(np.float32), np.asarray([heads]))
 
 
 def _weights(folds: Sequence[Sequence[Sample]], scorers: Sequence[Mapping[int, Scorer]]) -> dict[str, float]:
