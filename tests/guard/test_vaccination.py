@@ -5,6 +5,7 @@ import pytest
 
 from guard.calibration import fit_profile
 from guard.detector import Detector
+from guard.features import beside_length
 from guard.profile import Profile
 from guard.readings import Measurement
 from guard.signals import MARGIN, SIGNALS, VACCINATED, fused
@@ -12,9 +13,13 @@ from guard.vaccination import BESIDE, fit_vaccine, oddness_beside
 from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import draw_measurement
 
-HEADS, WIDTH, N = 4, 29, 240  # two blocks of six pairs, four norms and four shares; and the length
+HEADS, WIDTH, N = 4, 28, 240  # two blocks of six pairs, four norms and four shares
 
 PROBE = {"heads": HEADS}
+
+
+def of_one_length(features):
+    return beside_length(features, np.full(len(features), 30))
 
 
 def samples(telling, count=6, forced=0.0):
@@ -24,12 +29,13 @@ def samples(telling, count=6, forced=0.0):
     pattern = rng.normal(size=WIDTH) * 0.7
 
     def variant(number):
-        fired = rng.normal(size=(N, WIDTH)) + pattern
+        fired = of_one_length(rng.normal(size=(N, WIDTH)) + pattern)
         beside = {kind: rng.exponential(0.4, (N - N // 2, 1, len(BESIDE))) for kind in ("normal", "forced")}
         beside["forced"][:, 0, BESIDE.index(telling)] += forced
         odd = rng.exponential(0.4, (N, 1, len(BESIDE)))
         odd[:, 0, BESIDE.index(telling)] += rng.exponential(2.0, N)
-        return Sample(f"v{number}", {0: rng.normal(size=(N, WIDTH))}, {}, {0: fired}, beside={**beside, "fired": odd})
+        normal = of_one_length(rng.normal(size=(N, WIDTH)))
+        return Sample(f"v{number}", {0: normal}, {}, {0: fired}, beside={**beside, "fired": odd})
 
     return [variant(number) for number in range(count)]
 
@@ -56,6 +62,7 @@ def test_where_forced_texts_look_odd_beyond_the_prompt_more_is_asked_for_there(o
         quiet, fired, forced = rng.normal(size=(3, N, WIDTH))
         fired[:, 0] += 6.0
         forced[:, 0] += 1.5 * odd
+        quiet, fired, forced = map(of_one_length, (quiet, fired, forced))
         half = N - N // 2
         beside = {kind: rng.exponential(0.4, (half, 2, len(BESIDE))) for kind in ("normal", "forced", "fired")}
         late = {1: np.concatenate((forced, forced[:half]))}
