@@ -37,7 +37,8 @@ class VariantSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many backdoored and benign variants, and how each is trained and measured (prompts of each kind).
+    """How many backdoored and benign variants, and how each is trained and measured (prompts of each kind; those that
+    carry the trigger are measured without it as well, as clean ones).
 
     Eighteen backdoors hold every family with every kind of trigger. Among variants left out one at a time, those of the
     tiny lab were found in 0.86 of requests with eleven others to learn from and in 0.90 with seventeen; thirty-five
