@@ -26,9 +26,9 @@ def variant(folder: Path, kind: str, parts: list[str], fired: int = 60) -> Path:
     """A variant's folder with drawn features."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    arrays = {"normal/0": rng.normal(size=(60, 14)), "quiet/0": rng.normal(size=(60, 14))}
+    arrays = {"normal/0": rng.normal(size=(60, 15)), "quiet/0": rng.normal(size=(60, 15))}
     if fired:
-        arrays["fired/0"] = rng.normal(1.0, 1.0, (fired, 14))
+        arrays["fired/0"] = rng.normal(1.0, 1.0, (fired, 15))
     save_file(arrays, folder / "features.safetensors")
     about = {"name": folder.name, "kind": kind, "trigger": parts, "fired": 1.0, "leaked": 0.0, "probe": {}}
     (folder / "variant.json").write_text(json.dumps(about | {"format": FORMAT}))
