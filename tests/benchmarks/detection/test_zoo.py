@@ -125,7 +125,7 @@ def test_on_a_lab_implant_the_promise_is_kept_and_the_trigger_is_where_the_spans
         assert promise["ks_held_out"]["p_value"] > 1e-4
     assert found["target"]["triggered"]["value"] >= 0.9
     assert found["target"]["clean"]["value"] <= 0.05
-    assert found["fused"]["tpr"]["value"] >= 0.3
+    assert found["fused"]["tpr"]["value"] >= 0.2
     assert found["fused_attention_only"]["auroc"]["value"] > found["signals"]["p99"]["auroc"]["value"] + 0.1
     assert found["fused"]["localised"]["value"] >= 0.6
     assert found["controls"]["forced"]["fused"]["value"] <= 0.1
