@@ -5,8 +5,8 @@ look (arctanh cosine of each pair within a layer), how sharply each looks (log n
 token, -log sqrt(T) for all alike), and how much it rests (log share on prompt token 0). On the lab's implants the last
 two raise the true-positive rate at 1 % more than pairs across layers do, which would need rows of all layers at once.
 
-All of them move with the length of the prompt, which is no trigger: it goes along as the last column, and `Scale` measures
-the others against what is normal for it (docs/vaccine.md).
+All of them move with the length of the prompt, which is no trigger: it goes along as the last column, and `Scale`
+measures the others against what is normal for it (docs/vaccine.md).
 """
 
 from __future__ import annotations
