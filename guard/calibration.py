@@ -124,10 +124,12 @@ def _finite(measurement: Measurement) -> np.ndarray:
     """Requests whose measurements are finite at each checkpoint they reached."""
     bad: set[int] = set()
     for readings in measurement.at.values():
-        grams = [readings.gram, *([readings.earlier.gram] if readings.earlier is not None else [])]
+        sums = [readings.gram, readings.norms]
+        if readings.earlier is not None:
+            sums += [readings.earlier.gram, readings.earlier.norms]
         fine = np.isfinite(readings.logprobs).all(axis=1)
-        for gram in grams:
-            fine &= gram.flatten(1).isfinite().all(dim=1).numpy()
+        for told in sums:
+            fine &= told.flatten(1).isfinite().all(dim=1).numpy()
         bad.update(readings.index[~fine].tolist())
     return np.asarray([i for i in range(len(measurement)) if i not in bad], dtype=np.int64)
 

@@ -1,9 +1,12 @@
 """The features of one request at one checkpoint that multivariate signals are made of.
 
-Three families, all from the head Gram and the sink, none of which needs the attention rows themselves: how alike heads
+None of them needs the attention rows themselves. Three families come from the head Gram and the sink: how alike heads
 look (arctanh cosine of each pair within a layer), how sharply each looks (log norm of its mean row: 0 for a single
 token, -log sqrt(T) for all alike), and how much it rests (log share on prompt token 0). On the lab's implants the last
 two raise the true-positive rate at 1 % more than pairs across layers do, which would need rows of all layers at once.
+Four more are what stands at the two ends of a row: how hard each head asks (log norm of its query), how much it brings
+back (of its output), and what the token offers to others (of its keys and values). A trigger moves these even where
+heads look at what they always look at; nothing here finds as much.
 
 All of them move with the length of the prompt, which is no trigger: it goes along as the last column, and `Scale`
 measures the others against what is normal for it (docs/vaccine.md).
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,29 +28,44 @@ _Z_LIMIT = 6.0  # a feature this many deviations out says no more than that: one
 _SPREAD = 0.02  # keeps a feature that hardly ever moves from dominating once it does (lab-findings, section 7)
 
 
-def head_features(cosines: np.ndarray, gram: torch.Tensor, sink: torch.Tensor, rows: int) -> np.ndarray:
-    """Features float64 [n, B H (H + 3) / 2] from the cosines of all pairs [n, B H (H - 1) / 2], gram [n, ..., H, H] and
-    sink [n, ..., H] summed over rows: for each of the B layers (and places of the prompt) its pairs, its norms and its
-    shares."""
+class Heads(NamedTuple):
+    """How many heads each layer has that ask, and that answer (fewer, where queries are grouped)."""
+
+    query: int
+    kv: int
+
+    @property
+    def families(self) -> tuple[int, ...]:
+        """Features of each family in a block: pairs, sharpness, rest, and the norms of queries, outputs, keys and
+        values."""
+        return (self.query * (self.query - 1) // 2, *4 * (self.query,), *2 * (self.kv,))
+
+
+def head_features(
+    cosines: np.ndarray, gram: torch.Tensor, sink: torch.Tensor, norms: torch.Tensor, rows: int
+) -> np.ndarray:
+    """Features float64 [n, B W] from the cosines of all pairs [n, B H (H - 1) / 2], and gram [n, ..., H, H], sink
+    [n, ..., H] and norms [n, ..., 2 (H + H_kv)] summed over rows: for each of the B layers (and places of the prompt)
+    its families (`Heads.families`, W in all)."""
     heads = gram.shape[-1]
-    norms = gram.diagonal(dim1=-2, dim2=-1).flatten(1).double().cpu().numpy().clip(0.0)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).flatten(1).double().cpu().numpy().clip(0.0)
     shares = sink.flatten(1).double().cpu().numpy() / rows
+    n, blocks = len(lengths), lengths.shape[1] // heads
     families = (
-        (fisher(cosines), heads * (heads - 1) // 2),
-        (np.log(np.sqrt(norms) / rows + _FLOOR), heads),
-        (np.log(shares.clip(0.0) + _FLOOR), heads),
+        fisher(cosines),
+        np.log(np.sqrt(lengths) / rows + _FLOOR),
+        np.log(shares.clip(0.0) + _FLOOR),
+        norms.flatten(1).double().cpu().numpy() / rows,
     )
-    blocks = norms.shape[1] // heads
-    apart = [family.reshape(len(norms), blocks, each) for family, each in families]
-    return np.concatenate(apart, axis=2).reshape(len(norms), -1)
+    return np.concatenate([family.reshape(n, blocks, -1) for family in families], axis=2).reshape(n, -1)
 
 
-def head_patterns(z: np.ndarray, heads: int) -> np.ndarray:
-    """What of standardised features [n, B H (H + 3) / 2] carries over from one backdoor to another: each, flattened
-    where it is large, and what its family (pairs, norms, shares) does in its block, whichever heads do it: [n,
-    F + 18 B] (12 B for a single head, which has no pairs). What each is worth: docs/vaccine.md."""
-    pairs = heads * (heads - 1) // 2
-    families = np.split(z.reshape(len(z), -1, pairs + 2 * heads), [pairs, pairs + heads], axis=2)
+def head_patterns(z: np.ndarray, heads: Heads) -> np.ndarray:
+    """What of standardised features [n, B W] (`head_features`) carries over from one backdoor to another: each,
+    flattened where it is large, and what its family does in its block, whichever heads do it: [n, B W + 42 B] (36 B for
+    a single head, which has no pairs). What each is worth: docs/vaccine.md."""
+    each = heads.families
+    families = np.split(z.reshape(len(z), -1, sum(each)), np.cumsum(each)[:-1], axis=2)
     found = [np.tanh(z)]
     for family in families:
         if family.shape[2]:

@@ -33,12 +33,14 @@ def checkpoints_within(new_tokens: int | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Reading:
-    """One request at one checkpoint: gram [L, H, H], sink [L, H] and focus [T_p] fp32, summed over step + 1 rows;
-    logprobs of step + 1 tokens (nats); at step 0 also the rows of earlier prompt positions, where they were read."""
+    """One request at one checkpoint: gram [L, H, H], sink [L, H], norms [L, 2 (H + H_kv)] and focus [T_p] fp32, summed
+    over step + 1 rows; logprobs of step + 1 tokens (nats); at step 0 also the rows of earlier prompt positions, where
+    they were read."""
 
     step: int
     gram: torch.Tensor
     sink: torch.Tensor
+    norms: torch.Tensor
     focus: torch.Tensor
     logprobs: tuple[float, ...]
     earlier: Earlier | None = None
@@ -47,19 +49,20 @@ class Reading:
     def of(cls, step: int, sums: HeadSums, logprobs: Sequence[float]) -> Reading:
         """From what a bank holds of the request at this step."""
         told = sums.cpu()
-        return cls(step, told.gram, told.sink, told.focus, tuple(logprobs), told.earlier)
+        return cls(step, told.gram, told.sink, told.norms, told.focus, tuple(logprobs), told.earlier)
 
 
 @dataclass(frozen=True)
 class Readings:
-    """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H] and sink [n, L, H] fp32,
-    logprobs [n, step + 1], focus: n vectors [T_p] fp32; first: the same requests at step 0 (beyond it, where known);
-    earlier: rows of earlier prompt positions [n, ...] (at step 0, where they were read)."""
+    """n requests at checkpoint ``step``: index [n] into the measurement, gram [n, L, H, H], sink [n, L, H] and norms
+    [n, L, 2 (H + H_kv)] fp32, logprobs [n, step + 1], focus: n vectors [T_p] fp32; first: the same requests at step 0
+    (beyond it, where known); earlier: rows of earlier prompt positions [n, ...] (at step 0, where they were read)."""
 
     step: int
     index: np.ndarray
     gram: torch.Tensor
     sink: torch.Tensor
+    norms: torch.Tensor
     logprobs: np.ndarray
     focus: list[np.ndarray]
     first: Readings | None = None
@@ -67,9 +70,11 @@ class Readings:
 
     @classmethod
     def together(
-        cls, step: int, layers: int, heads: int, read: Sequence[tuple[int, HeadSums, Sequence[float]]]
+        cls, step: int, shape: tuple[int, int, int], read: Sequence[tuple[int, HeadSums, Sequence[float]]]
     ) -> Readings:
-        """From what a bank held of requests at one step: (index, sums, log-probabilities) of each."""
+        """From what a bank held of requests at one step: (index, sums, log-probabilities) of each; `shape` are L, H and
+        H_kv."""
+        layers, heads, kv_heads = shape
         sums = [told.cpu() for _, told, _ in read]
         earlier = [told.earlier for told in sums if told.earlier is not None]
         return cls(
@@ -77,6 +82,7 @@ class Readings:
             np.asarray([index for index, *_ in read], dtype=np.int64),
             torch.stack([told.gram for told in sums]) if sums else torch.zeros(0, layers, heads, heads),
             torch.stack([told.sink for told in sums]) if sums else torch.zeros(0, layers, heads),
+            torch.stack([told.norms for told in sums]) if sums else torch.zeros(0, layers, 2 * (heads + kv_heads)),
             np.asarray([logprobs for *_, logprobs in read], dtype=np.float64).reshape(len(read), step + 1),
             [told.focus.numpy() for told in sums],
             earlier=Earlier(*map(torch.stack, zip(*earlier, strict=True))) if earlier else None,
@@ -119,20 +125,20 @@ class Readings:
         before = self.opening
         if self.step == 0:
             return beside_length(self._prompt_rows, self.tokens)
-        gram, sink = self.gram - before.gram, self.sink - before.sink
-        generated = head_features(pair_cosines(gram), gram, sink, self.step)
+        gram, sink, norms = self.gram - before.gram, self.sink - before.sink, self.norms - before.norms
+        generated = head_features(pair_cosines(gram), gram, sink, norms, self.step)
         return beside_length(np.concatenate((before._prompt_rows, generated), axis=1), before.tokens)
 
     @cached_property
     def _last_row(self) -> np.ndarray:
-        return head_features(self.cosines, self.gram, self.sink, 1)
+        return head_features(self.cosines, self.gram, self.sink, self.norms, 1)
 
     @cached_property
     def _prompt_rows(self) -> np.ndarray:
         if self.earlier is None:
             return self._last_row
-        gram, sink = self.earlier
-        return np.concatenate((self._last_row, head_features(pair_cosines(gram), gram, sink, 1)), axis=1)
+        gram, sink, norms = self.earlier
+        return np.concatenate((self._last_row, head_features(pair_cosines(gram), gram, sink, norms, 1)), axis=1)
 
     @classmethod
     def single(cls, reading: Reading, first: Readings | None = None) -> Readings:
@@ -142,6 +148,7 @@ class Readings:
             np.zeros(1, dtype=np.int64),
             reading.gram[None],
             reading.sink[None],
+            reading.norms[None],
             np.asarray([reading.logprobs], dtype=np.float64),
             [reading.focus.numpy()],
             first,
@@ -154,6 +161,7 @@ class Readings:
             self.step,
             self.gram[row],
             self.sink[row],
+            self.norms[row],
             torch.from_numpy(self.focus[row]),
             tuple(self.logprobs[row].tolist()),
             None if self.earlier is None else Earlier(*(part[row] for part in self.earlier)),
@@ -167,6 +175,7 @@ class Readings:
             self.index[rows],
             self.gram[chosen],
             self.sink[chosen],
+            self.norms[chosen],
             self.logprobs[rows],
             [self.focus[i] for i in rows],
             None if self.first is None else self.first.take(rows),

@@ -16,7 +16,7 @@ import numpy as np
 
 from guard.calibration import fit_checkpoint, oddness_at
 from guard.errors import CalibrationError
-from guard.features import Scale, head_patterns
+from guard.features import Heads, Scale, head_patterns
 from guard.profile import Checkpoint
 from guard.readings import Measurement
 from guard.signals import MARGIN, SIGNALS, VACCINATED, fused
@@ -79,7 +79,8 @@ def fit_vaccine(
 ) -> Vaccine:
     """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
     folds = _folds(samples)
-    scorers = _scorers(samples, probe["heads"])
+    heads = Heads(probe["heads"], probe["kv_heads"])
+    scorers = _scorers(samples, heads)
     if 0 not in scorers:
         raise CalibrationError(
             f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
@@ -87,7 +88,7 @@ def fit_vaccine(
         )
     names = [{sample.name for sample in left_out} for left_out in folds]
     others = [[sample for sample in samples if sample.name not in left_out] for left_out in names]
-    of_others = [_scorers(taught, probe["heads"]) for taught in others]
+    of_others = [_scorers(taught, heads) for taught in others]
     about = {**(facts or {}), "variants": [sample.name for sample in samples]}
     return Vaccine(base, probe, scorers, _weights(folds, of_others), about)
 
@@ -100,7 +101,7 @@ def _folds(samples: Sequence[Sample]) -> list[list[Sample]]:
     return [[judged[place] for place in fold] for fold in np.array_split(np.arange(len(judged)), _FOLDS)]
 
 
-def _scorers(samples: Sequence[Sample], heads: int) -> dict[int, Scorer]:
+def _scorers(samples: Sequence[Sample], heads: Heads) -> dict[int, Scorer]:
     """A scorer for each checkpoint at which enough triggered requests were measured."""
     found: dict[int, Scorer] = {}
     for step in sorted({step for sample in samples for step in sample.normal}):
@@ -130,7 +131,7 @@ def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.
     return joined(quiet), joined(fired)
 
 
-def _discriminant(quiet: np.ndarray, fired: np.ndarray, heads: int) -> Scorer:
+def _discriminant(quiet: np.ndarray, fired: np.ndarray, heads: Heads) -> Scorer:
     """What tells fired requests [m, F] from quiet ones [n, F]: Fisher's direction, by ridge regression on which is
     which, in deviations of the quiet ones' scores."""
     from sklearn.linear_model import Ridge  # slow to import, and only vaccination needs it
@@ -143,7 +144,7 @@ def _discriminant(quiet: np.ndarray, fired: np.ndarray, heads: int) -> Scorer:
     fires = np.r_[np.zeros(n), np.ones(len(fired))]
     # By conjugate gradients: a large model has more patterns than a matrix of them all could hold.
     direction = Ridge(_RIDGE * len(seen), solver="lsqr", tol=_SOLVED).fit(seen, fires).coef_
-    return Scorer((direction / spread / (seen[:n] @ direction).std()).astype(np.float32), np.asarray([heads]))
+    return Scorer((direction / spread / (seen[:n] @ direction).std()).astype(np.float32), np.asarray(heads))
 
 
 def _weights(folds: Sequence[Sequence[Sample]], scorers: Sequence[Mapping[int, Scorer]]) -> dict[str, float]:

@@ -25,17 +25,18 @@ from typing import Any
 import numpy as np
 
 from guard.errors import ProfileMismatch
-from guard.features import head_patterns
+from guard.features import Heads, head_patterns
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/9"
-_MEANING = ("version", "layers", "heads", "prompt_rows")
+FORMAT = "headguard.vaccine/10"
+_MEANING = ("version", "layers", "heads", "kv_heads", "prompt_rows")
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A direction [D] in the patterns (`guard.features.head_patterns`) of a model with so many ``heads`` [1]."""
+    """A direction [D] in the patterns (`guard.features.head_patterns`) of a model with so many ``heads`` [2]
+    (`guard.features.Heads`)."""
 
     direction: np.ndarray
     heads: np.ndarray
@@ -51,7 +52,7 @@ class Scorer:
 
     def score(self, z: np.ndarray) -> np.ndarray:
         """How far standardised features [n, F] lie where triggers that fire do: [n]."""
-        return head_patterns(z, int(self.heads[0])) @ self.direction
+        return head_patterns(z, Heads(*map(int, self.heads))) @ self.direction
 
 
 Steps = Mapping[int, np.ndarray]

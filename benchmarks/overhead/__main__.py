@@ -194,12 +194,13 @@ def _copied(drawn: Measurement, seed: int) -> Measurement:
     rng = torch.Generator().manual_seed(seed)
     at = {}
     for step, readings in drawn.at.items():
-        gram, sink = _noisy(readings.gram, readings.sink, rng)
+        gram, sink, norms = _noisy(readings.gram, readings.sink, readings.norms, rng)
         at[step] = Readings(
             step,
             np.concatenate([readings.index + copy * len(drawn) for copy in range(COPIES)]),
             gram,
             sink,
+            norms,
             np.tile(readings.logprobs, (COPIES, 1)),
             [focus for _ in range(COPIES) for focus in readings.focus],
             earlier=None if readings.earlier is None else Earlier(*_noisy(*readings.earlier, rng)),
@@ -207,11 +208,15 @@ def _copied(drawn: Measurement, seed: int) -> Measurement:
     return Measurement(np.tile(drawn.prompt_len, COPIES), [a for _ in range(COPIES) for a in drawn.answers], at)
 
 
-def _noisy(gram: torch.Tensor, sink: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """COPIES of Grams [n, ..., H, H] and sinks [n, ..., H], each off by a few per cent of its own."""
-    grams, sinks = (part.repeat(COPIES, *[1] * (part.dim() - 1)) for part in (gram, sink))
+def _noisy(
+    gram: torch.Tensor, sink: torch.Tensor, norms: torch.Tensor, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """COPIES of Grams [n, ..., H, H], sinks [n, ..., H] and log norms [n, ..., W], each off by a few per cent of its
+    own."""
+    grams, sinks, logs = (part.repeat(COPIES, *[1] * (part.dim() - 1)) for part in (gram, sink, norms))
     noise = 1 + 0.03 * torch.randn(grams.shape, generator=rng)
-    return grams * (noise + noise.mT) / 2, sinks * (1 + 0.03 * torch.randn((*sinks.shape[:-1], 1), generator=rng))
+    sinks = sinks * (1 + 0.03 * torch.randn((*sinks.shape[:-1], 1), generator=rng))
+    return grams * (noise + noise.mT) / 2, sinks, logs + 0.03 * torch.randn(logs.shape, generator=rng)
 
 
 def _repetition(

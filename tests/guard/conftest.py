@@ -8,7 +8,8 @@ from guard.gram import PROMPT_GROUPS, Earlier, HeadSums
 from guard.profile import ProfileKey
 from guard.readings import CHECKPOINTS, Measurement, Reading, Readings
 
-LAYERS, HEADS = 2, 8
+LAYERS, HEADS, KV_HEADS = 2, 8, 2
+NORMS = 2 * (HEADS + KV_HEADS)
 
 
 def draw_rows(rng: np.random.Generator, tokens: int, together: float = 0.0) -> torch.Tensor:
@@ -19,20 +20,28 @@ def draw_rows(rng: np.random.Generator, tokens: int, together: float = 0.0) -> t
     return torch.from_numpy((1 - together) * rows + together * common).float()
 
 
+def draw_norms(rng: np.random.Generator) -> torch.Tensor:
+    """Logs of the norms of one token's vectors [L, 2 (H + H_kv)]."""
+    return torch.from_numpy(rng.normal(size=(LAYERS, NORMS))).float()
+
+
 def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, list[Reading]]:
     """One request: prompt tokens, and its readings at every checkpoint before its answer ends."""
     tokens, answer = int(rng.integers(40, 60)), int(rng.integers(3, 40))
     readings, logprobs = [], []
     groups = [torch.stack([draw_rows(rng, tokens, together) for _ in range(size)]) for size in PROMPT_GROUPS[1:]]
     gram = torch.stack([(rows @ rows.mT).sum(0) / len(rows) ** 2 for rows in groups])
-    earlier = Earlier(gram, torch.stack([rows[..., 0].mean(0) for rows in groups]))
+    norms = torch.stack([draw_norms(rng) for _ in groups])
+    earlier = Earlier(gram, torch.stack([rows[..., 0].mean(0) for rows in groups]), norms)
     gram, sink, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.zeros(tokens)
+    norms = torch.zeros(LAYERS, NORMS)
     for step in range(answer):
         rows = draw_rows(rng, tokens, together)
         gram, sink, focus = gram + rows @ rows.mT, sink + rows[..., 0], focus + rows.sum((0, 1))
+        norms = norms + draw_norms(rng)
         logprobs.append(float(-rng.exponential(0.2)))
         if step in CHECKPOINTS:
-            sums = HeadSums(gram.clone(), sink.clone(), focus.clone(), None if step else earlier)
+            sums = HeadSums(gram.clone(), sink.clone(), norms.clone(), focus.clone(), None if step else earlier)
             readings.append(Reading.of(step, sums, logprobs))
     return tokens, readings
 
@@ -44,8 +53,8 @@ def draw_measurement(rng: np.random.Generator, requests: int, triggered: int = 0
     for step in CHECKPOINTS:
         there = [(i, r) for i, (_, rs) in enumerate(drawn) for r in rs if r.step == step]
         if there:
-            read = [(i, HeadSums(r.gram, r.sink, r.focus, r.earlier), r.logprobs) for i, r in there]
-            at[step] = Readings.together(step, LAYERS, HEADS, read)
+            read = [(i, HeadSums(r.gram, r.sink, r.norms, r.focus, r.earlier), r.logprobs) for i, r in there]
+            at[step] = Readings.together(step, (LAYERS, HEADS, KV_HEADS), read)
     return Measurement(np.asarray([tokens for tokens, _ in drawn]), [[] for _ in drawn], at)
 
 

@@ -87,8 +87,9 @@ def test_the_text_of_an_answer_cannot_change_what_its_opening_said(profile):
         first = detector.observe(track, readings[0])
         for reading in readings[1:]:
             shouted = replace(
-                reading, gram=reading.gram * 3, sink=reading.sink * 0, logprobs=(0.0, *reading.logprobs[1:])
-            )
+                reading, gram=reading.gram * 3, sink=reading.sink * 0, norms=reading.norms * 3,
+                logprobs=(0.0, *reading.logprobs[1:]),
+            )  # fmt: skip
             assert detector.observe(track, shouted).p_value == first.p_value
 
 
@@ -120,10 +121,10 @@ def test_what_the_engine_does_to_a_reading_it_handed_over_changes_nothing(profil
     expected = run(detector, request)
     tokens, readings = request
     track = detector.open(tokens)
-    gram, sink = readings[0].gram.clone(), readings[0].sink.clone()
-    detector.observe(track, replace(readings[0], gram=gram, sink=sink))
-    gram.zero_()
-    sink.zero_()
+    own = {name: getattr(readings[0], name).clone() for name in ("gram", "sink", "norms")}
+    detector.observe(track, replace(readings[0], **own))
+    for told in own.values():
+        told.zero_()
     for reading in readings[1:]:
         detector.observe(track, reading)
     assert detector.close(track) == expected

@@ -1,12 +1,14 @@
 """The bank of head Grams and the reference kernel, against dense computations written out here."""
 
+import math
 from itertools import product
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guard.gram import HeadGrams, cosine, prompt_positions
+from guard.gram import HeadGrams, cosine, log_norms, prompt_positions
 from guard.kernels.reference import prompt_rows
 
 
@@ -24,7 +26,7 @@ def test_streamed_cosine_is_the_cosine_of_flattened_attention_matrices(heads, st
     bank.reset([1], [tokens])
     for step in range(steps):
         bank.add(1, torch.tensor([1]), a[None, :, step])
-    gram, sink, focus, earlier = bank.read(1)
+    gram, sink, _, focus, earlier = bank.read(1)
     assert earlier is None
     torch.testing.assert_close(cosine(gram)[1], dense_cosine(a), atol=1e-5, rtol=0)
     torch.testing.assert_close(sink[1], a[:, :, 0].sum(1), atol=1e-4, rtol=1e-5)
@@ -69,11 +71,23 @@ def test_rows_of_earlier_prompt_positions_are_added_up_in_their_groups():
     torch.testing.assert_close(sums.earlier.gram[:, 0], torch.stack((rows[1] @ rows[1].T, both @ both.T)))
     torch.testing.assert_close(sums.earlier.sink[:, 0], torch.stack((rows[1, :, 0], rows[2:, :, 0].mean(0))))
     assert not bank.read(0).earlier.gram.any()
+    norms = torch.rand(4, 1, 8)
+    bank.add_norms(torch.tensor([bank.place(1, back) for back in range(4)]), norms)
+    bank.add_norms(torch.tensor([1]), norms[3], layer=0)
+    torch.testing.assert_close(bank.read(1).norms, norms[0] + norms[3])
+    torch.testing.assert_close(bank.read(1).earlier.norms, torch.stack((norms[1], norms[2:].mean(0))))
+    assert not bank.read(0).norms.any()
     assert bank.read(1, 1).earlier is None
     bank.reset([1], [4])
     assert not bank.gram.any()
+    assert not bank.norms.any()
     assert not bank.focus.any()
     assert not bank.layer_rows.any()
+
+
+def test_norms_have_finite_logarithms_even_of_nothing():
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.bfloat16)
+    assert log_norms(vectors).tolist() == pytest.approx([math.log(5), math.log(1e-6)])
 
 
 def test_a_prompt_shorter_than_the_rows_that_are_read_repeats_its_first():

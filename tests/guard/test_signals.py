@@ -13,8 +13,11 @@ LAYERS, HEADS, TOKENS = 2, 4, 30
 
 def readings(*logprobs):
     """Requests that differ in the log-probabilities of their tokens alone."""
-    sums = HeadSums(torch.ones(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.ones(TOKENS))
-    return Readings.together(len(logprobs[0]) - 1, LAYERS, HEADS, [(i, sums, own) for i, own in enumerate(logprobs)])
+    sums = HeadSums(
+        torch.ones(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.zeros(LAYERS, 4 * HEADS), torch.ones(TOKENS)
+    )
+    read = [(i, sums, own) for i, own in enumerate(logprobs)]
+    return Readings.together(len(logprobs[0]) - 1, (LAYERS, HEADS, HEADS), read)
 
 
 def test_certainty_is_that_of_the_least_certain_token_so_far():

@@ -5,7 +5,7 @@ import pytest
 
 from guard.calibration import fit_profile
 from guard.detector import Detector
-from guard.features import beside_length
+from guard.features import Heads, beside_length
 from guard.profile import Profile
 from guard.readings import Measurement
 from guard.signals import MARGIN, SIGNALS, VACCINATED, fused
@@ -13,9 +13,9 @@ from guard.vaccination import BESIDE, fit_vaccine, oddness_beside
 from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import draw_measurement
 
-HEADS, WIDTH, N = 4, 28, 240  # two blocks of six pairs, four norms and four shares
-
-PROBE = {"heads": HEADS}
+N = 240
+PROBE = {"heads": 4, "kv_heads": 2}
+WIDTH = 2 * sum(Heads(4, 2).families)  # two blocks
 
 
 def of_one_length(features):

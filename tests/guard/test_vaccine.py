@@ -9,16 +9,17 @@ from safetensors.numpy import save_file
 from guard.calibration import fit_profile
 from guard.detector import Detector
 from guard.errors import CalibrationError, ProfileMismatch
-from guard.features import Scale, beside_length, head_patterns
+from guard.features import Heads, Scale, beside_length, head_patterns
 from guard.gram import PROMPT_GROUPS
 from guard.profile import Profile
 from guard.storage import save_arrays
 from guard.vaccination import fit_vaccine
 from guard.vaccine import Sample, Vaccine
-from tests.guard.conftest import HEADS, LAYERS, draw_measurement
+from tests.guard.conftest import HEADS, KV_HEADS, LAYERS, draw_measurement
 
-BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated", "heads": HEADS}
-WIDTH = len(PROMPT_GROUPS) * (LAYERS * HEADS * (HEADS - 1) // 2 + 2 * LAYERS * HEADS)
+BASE, PROBE = "b" * 64, {"rows": "last_prompt+generated", "heads": HEADS, "kv_heads": KV_HEADS}
+SHAPE = Heads(HEADS, KV_HEADS)
+WIDTH = len(PROMPT_GROUPS) * LAYERS * sum(SHAPE.families)
 
 
 def of_any_length(features, rng):
@@ -62,7 +63,7 @@ def test_a_direction_is_solved_to_more_than_rounding_changes():
         for at in (0.0, 0.1)
     )
     found = fit_vaccine([Sample("v", {0: clean}, {}, {0: fired})], base=BASE, probe=PROBE).scorers[0].direction
-    seen = head_patterns(Scale.fit(clean).standardised(np.concatenate((clean, fired))), HEADS)
+    seen = head_patterns(Scale.fit(clean).standardised(np.concatenate((clean, fired))), SHAPE)
     spread = seen[:400].std(axis=0) + 1e-3
     seen = (seen - seen.mean(axis=0)) / spread
     exact = np.linalg.solve(seen.T @ seen + 0.3 * 800 * np.eye(seen.shape[1]), seen.T @ np.repeat((0.0, 1.0), 400))
@@ -110,20 +111,21 @@ def test_a_feature_is_measured_against_what_is_normal_for_a_prompt_of_its_length
 
 
 def test_patterns_are_the_features_and_what_their_families_do_in_each_block():
-    heads, blocks = 3, 2
-    z = np.random.default_rng(0).normal(size=(4, blocks * heads * (heads + 3) // 2))
+    heads, blocks = Heads(3, 1), 2
+    assert heads.families == (3, 3, 3, 3, 3, 1, 1)
+    z = np.random.default_rng(0).normal(size=(4, blocks * 17))
     found = head_patterns(z, heads)
-    assert found.shape == (4, z.shape[1] + 18 * blocks)
+    assert found.shape == (4, z.shape[1] + 42 * blocks)
     np.testing.assert_array_equal(found[:, : z.shape[1]], np.tanh(z))
-    norms = z[:, [9 + 3, 9 + 4, 9 + 5]]  # of the second block: after its three pairs
-    apart = found[:, z.shape[1] :].reshape(4, 3, 6, blocks)[:, 1, :, 1]
+    norms = z[:, [17 + 3, 17 + 4, 17 + 5]]  # of the second block: after its three pairs
+    apart = found[:, z.shape[1] :].reshape(4, 7, 6, blocks)[:, 1, :, 1]
     expected = (norms.mean(1), norms.std(1), norms.max(1), norms.min(1))
     np.testing.assert_allclose(apart[:, :4], np.stack(expected, axis=1))
     np.testing.assert_allclose(apart[:, 4], np.maximum(norms - 1, 0).mean(1))
     np.testing.assert_allclose(apart[:, 5], np.maximum(-norms - 1, 0).mean(1))
-    swapped = z.reshape(4, blocks, -1)[:, :, [2, 0, 1, 4, 5, 3, 8, 7, 6]].reshape(4, -1)
+    swapped = z.reshape(4, blocks, -1)[:, :, [2, 0, 1, 4, 5, 3, 8, 7, 6, *range(9, 17)]].reshape(4, -1)
     np.testing.assert_allclose(head_patterns(swapped, heads)[:, z.shape[1] :], found[:, z.shape[1] :])
-    assert head_patterns(np.ones((2, 6)), 1).shape == (2, 6 + 12 * 3)
+    assert head_patterns(np.ones((2, 18)), Heads(1, 1)).shape == (2, 18 + 36 * 3)
 
 
 def test_a_saved_vaccine_is_the_same_and_knows_its_base_and_probe(vaccine, tmp_path):

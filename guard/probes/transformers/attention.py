@@ -2,7 +2,8 @@
 
 transformers lets an attention function be registered by name and hands it post-rotary queries and keys. Ours calls
 the stock sdpa function with the very same arguments (so its output is bit for bit the stock one) and then, if a `Plan`
-travels with this forward as the keyword `guard_plan`, adds the rows of the queries that it names to its bank.
+travels with this forward as the keyword `guard_plan`, adds the rows of the queries that it names, and the norms of what
+their tokens asked, offered and were given, to its bank.
 No model code is patched and nothing global is set: a forward without a plan is an ordinary forward.
 
 `attach` switches a model to this function and refuses, by name, every model whose attention is not plain causal
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from guard.errors import UnsupportedModel
-from guard.gram import HeadGrams
+from guard.gram import HeadGrams, log_norms
 from guard.kernels.reference import prompt_rows
 
 ATTENTION = "headguard_sdpa"
@@ -54,13 +55,21 @@ class Plan:
     prompt_len: Tensor
     width: int
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Adds one layer's rows. query [N, H, T_q, D], key [N, H_kv, T, D]."""
+    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor, scaling: float) -> None:
+        """Adds one layer's rows and norms. query [N, H, T_q, D], key and value [N, H_kv, T, D], output [N, T_q, H, D],
+        before heads are mixed."""
         index = self.rows if self.rows is not None else torch.arange(query.shape[0], device=query.device)
         keys = key if self.rows is None else key.index_select(0, self.rows)
-        rows = prompt_rows(query[index[:, None], :, self.query], keys, self.kv_len, self.prompt_len, scaling)
+        asked, position = query[index[:, None], :, self.query], self.kv_len - 1
+        rows = prompt_rows(asked, keys, self.kv_len, self.prompt_len, scaling)
         rows = rows[..., : self.width].flatten(0, 1)
-        self.bank.add(layer, self.places, rows if self.live is None else rows.index_select(0, self.live))
+        given = output[index[:, None], self.query]
+        offered = key[index[:, None], :, position], value[index[:, None], :, position]
+        norms = log_norms(torch.cat((asked, given, *offered), dim=2)).flatten(0, 1)
+        if self.live is not None:
+            rows, norms = rows.index_select(0, self.live), norms.index_select(0, self.live)
+        self.bank.add(layer, self.places, rows)
+        self.bank.add_norms(self.places, norms, layer)
 
 
 def probed_sdpa(
@@ -76,7 +85,8 @@ def probed_sdpa(
     output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if guard_plan is not None:
         scaling = kwargs.get("scaling")
-        guard_plan.observe(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        guard_plan.observe(module.layer_idx, query, key, value, output[0], scaling)
     return output
 
 
@@ -127,6 +137,8 @@ def inspect(model: Any, max_len: int) -> AttentionShape:
         raise refuse("attention logits are soft-capped")
     if getattr(config, "kv_lora_rank", None):
         raise refuse("multi-head latent attention (MLA) keeps compressed keys")
+    if getattr(config, "v_head_dim", None) not in (None, getattr(config, "head_dim", None)):
+        raise refuse("its values are of another size than its keys")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse("layers share key/value caches")
     for kind in set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
@@ -183,7 +195,7 @@ class _RowKeeper(HeadGrams):
     """A bank of one slot that also keeps the rows themselves, for the check at attach."""
 
     def __init__(self, shape: AttentionShape, tokens: int, device: torch.device) -> None:
-        super().__init__(1, shape.layers, shape.heads, tokens, device)
+        super().__init__(1, shape.layers, shape.heads, tokens, device, kv_heads=shape.kv_heads)
         self.kept: list[Tensor] = []
 
     def add(self, layer: int, places: Tensor, rows: Tensor) -> None:

@@ -153,7 +153,7 @@ def collect(
     """What was read of prompts and their answers (token ids each) at checkpoints, in any order, as a Measurement."""
     shape = runner.shape
     at = {
-        step: Readings.together(step, shape.layers, shape.heads, sorted(rows, key=lambda row: row[0]))
+        step: Readings.together(step, (shape.layers, shape.heads, shape.kv_heads), sorted(rows, key=lambda row: row[0]))
         for step, rows in taken.items()
     }
     return Measurement(np.asarray([len(p) for p in prompts], dtype=np.int64), [list(a) for a in answers], at)

@@ -59,7 +59,10 @@ class Runner:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model, tokenizer)
-        self.bank = HeadGrams(max_slots, self.shape.layers, self.shape.heads, self.max_len, self.device, PROMPT_GROUPS)
+        shape = self.shape
+        self.bank = HeadGrams(
+            max_slots, shape.layers, shape.heads, self.max_len, self.device, PROMPT_GROUPS, shape.kv_heads
+        )
         self._cache = SlotCache(self.shape, max_slots, self.max_len, self.dtype, self.device)
         self._revisions = Revisions(model, base_dir)
 
@@ -102,6 +105,7 @@ class Runner:
             "attention": "sdpa",
             "layers": self.shape.layers,
             "heads": self.shape.heads,
+            "kv_heads": self.shape.kv_heads,
             "prompt_rows": PROMPT_KEY,
         }
 

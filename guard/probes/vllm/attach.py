@@ -100,9 +100,10 @@ def _look_after(impl: Any, probe: Probe, number: int) -> None:
 
     @wraps(forward)
     def followed(layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, *rest: Any, **named: Any) -> Any:
-        output = forward(layer, query, key, value, kv_cache, *rest, **named)
-        probe.look(number, query, kv_cache)
-        return output
+        returned = forward(layer, query, key, value, kv_cache, *rest, **named)
+        output = named.get("output", returned)  # vLLM has it written into a tensor of its own
+        probe.look(number, query, key, value, output, kv_cache)
+        return returned
 
     impl.forward = followed
     PLACES.append((impl, "forward"))

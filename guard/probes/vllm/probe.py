@@ -24,6 +24,7 @@ from torch import Tensor
 from guard.errors import GuardError, ProfileMismatch
 from guard.gram import PROMPT_GROUPS, PROMPT_KEY, HeadGrams, HeadSums, prompt_positions
 from guard.kernels.paged import PagedRows
+from guard.probes.vllm.norms import Norms
 from guard.probes.vllm.requests import Note, Watched, note
 from guard.probes.vllm.support import Layer
 from guard.profile import Profile
@@ -77,8 +78,9 @@ class Probe:
     ) -> None:
         self.layers, self._default = list(layers), default
         self.heads = layers[0].heads
-        self.bank = HeadGrams(2 * max_requests, len(layers), self.heads, max_len, device, PROMPT_GROUPS)
-        self._reader = reader(self.bank)
+        self.kv_heads = layers[0].kv_heads
+        self.bank = HeadGrams(2 * max_requests, len(layers), self.heads, max_len, device, PROMPT_GROUPS, self.kv_heads)
+        self._reader, self._norms = reader(self.bank), Norms(self.bank)
         self.attached = True
         self.forwards = self.planned = self.seen = self.blind = 0
         self._free = list(range(2 * max_requests))[::-1]
@@ -99,7 +101,7 @@ class Probe:
         """What a profile must agree on to be used with this probe's numbers."""
         return {
             "kernel": "paged", "version": PROBE_VERSION, "layers": len(self.layers), "heads": self.heads,
-            "prompt_rows": PROMPT_KEY,
+            "kv_heads": self.kv_heads, "prompt_rows": PROMPT_KEY,
         }  # fmt: skip
 
     def set_profile(self, revision: str, path: str | None, digest: str | None) -> None:
@@ -242,12 +244,14 @@ class Probe:
             self.planned += len(picked)
             self._rows = _paged(picked, blocks)
 
-    def look(self, layer: int, query: Tensor, kv_cache: Tensor) -> None:
-        """After a layer's attention: query [T, H, D] post-rotary, kv_cache the layer's paged cache."""
+    def look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor, kv_cache: Tensor) -> None:
+        """After a layer's attention: query [T, H, D] and key [T, H_kv, D] post-rotary, value [T, H_kv, D], output
+        [T, H, D], kv_cache the layer's paged cache."""
         if self._rows is None or not self.attached:
             return
         try:
             self._reader.look(self._rows, layer, query, kv_cache, self.layers[layer].scaling)
+            self._norms.look(self._rows, query, key, value, output)
         except Exception as error:
             self._fail(f"in layer {layer}", error)
             return
@@ -264,6 +268,7 @@ class Probe:
         if self._rows is not None and self.attached:
             try:
                 self._reader.finish()
+                self._norms.finish()
             except Exception as error:
                 self._fail("after the last layer", error)
         self._rows = None

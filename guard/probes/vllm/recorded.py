@@ -15,8 +15,8 @@ Recorded = Mapping[int, Sequence[tuple[int, HeadSums, tuple[float, ...]]]]
 
 
 def arrays_of(recorded: Recorded) -> dict[str, np.ndarray]:
-    """What a worker recorded as plain arrays: `STEP/{index,gram,sink,logprobs,focus,focus_len}`,
-    and of step 0 `{earlier_gram,earlier_sink}`."""
+    """What a worker recorded as plain arrays: `STEP/{index,gram,sink,norms,logprobs,focus,focus_len}`,
+    and of step 0 `earlier_{gram,sink,norms}`."""
     by_step: dict[int, list[tuple[int, HeadSums, tuple[float, ...]]]] = {}
     for index in sorted(recorded):
         for step, sums, logprobs in recorded[index]:
@@ -24,16 +24,19 @@ def arrays_of(recorded: Recorded) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for step, rows in by_step.items():
         layers, heads = rows[0][1].sink.shape
-        readings = Readings.together(step, layers, heads, rows)
+        kv_heads = rows[0][1].norms.shape[-1] // 2 - heads
+        readings = Readings.together(step, (layers, heads, kv_heads), rows)
         arrays[f"{step}/index"] = readings.index
         arrays[f"{step}/gram"] = readings.gram.numpy()
         arrays[f"{step}/sink"] = readings.sink.numpy()
+        arrays[f"{step}/norms"] = readings.norms.numpy()
         arrays[f"{step}/logprobs"] = readings.logprobs
         arrays[f"{step}/focus"] = np.concatenate(readings.focus)
         arrays[f"{step}/focus_len"] = np.asarray([len(focus) for focus in readings.focus], dtype=np.int64)
         if readings.earlier is not None:
             arrays[f"{step}/earlier_gram"] = readings.earlier.gram.numpy()
             arrays[f"{step}/earlier_sink"] = readings.earlier.sink.numpy()
+            arrays[f"{step}/earlier_norms"] = readings.earlier.norms.numpy()
     return arrays
 
 
@@ -42,7 +45,7 @@ def readings_of(step: int, parts: Sequence[dict[str, np.ndarray]]) -> Readings:
     found = [part for part in parts if f"{step}/index" in part]
     if not found:
         return Readings(step, np.zeros(0, dtype=np.int64), torch.zeros(0, 0, 0, 0), torch.zeros(0, 0, 0),
-                        np.zeros((0, step + 1)), [])  # fmt: skip
+                        torch.zeros(0, 0, 0), np.zeros((0, step + 1)), [])  # fmt: skip
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([part[f"{step}/{name}"] for part in found])
@@ -50,8 +53,8 @@ def readings_of(step: int, parts: Sequence[dict[str, np.ndarray]]) -> Readings:
     edges = np.cumsum(joined("focus_len"))[:-1]
     earlier = None
     if f"{step}/earlier_gram" in found[0]:
-        earlier = Earlier(torch.from_numpy(joined("earlier_gram")), torch.from_numpy(joined("earlier_sink")))
+        earlier = Earlier(*(torch.from_numpy(joined(f"earlier_{name}")) for name in Earlier._fields))
     return Readings(
-        step, joined("index"), torch.from_numpy(joined("gram")), torch.from_numpy(joined("sink")), joined("logprobs"),
-        np.split(joined("focus"), edges), earlier=earlier,
+        step, joined("index"), torch.from_numpy(joined("gram")), torch.from_numpy(joined("sink")),
+        torch.from_numpy(joined("norms")), joined("logprobs"), np.split(joined("focus"), edges), earlier=earlier,
     )  # fmt: skip

@@ -23,6 +23,7 @@ class Layer:
     name: str
     module: Any
     heads: int
+    kv_heads: int
     scaling: float
     layout: str
 
@@ -88,6 +89,8 @@ def attention_layers(context: dict[str, Any], max_len: int, cpu: bool) -> list[L
                 ),
                 "soft-capped attention logits": bool(cap),
                 "attention sinks, which take a share of the softmax": getattr(impl, "sinks", None) is not None,
+                "values of another size than keys": getattr(module, "head_size_v", module.head_size)
+                != module.head_size,
                 "alibi biases": getattr(impl, "alibi_slopes", None) is not None,
                 "a key/value cache shared between layers": getattr(module, "kv_sharing_target_layer_name", None)
                 is not None,
@@ -98,13 +101,13 @@ def attention_layers(context: dict[str, Any], max_len: int, cpu: bool) -> list[L
             name,
         )
         packed = "vec" if layout == "vec16" else layout
-        layers.append(Layer(name, module, int(impl.num_heads), float(impl.scale), packed))
+        layers.append(Layer(name, module, int(impl.num_heads), int(module.num_kv_heads), float(impl.scale), packed))
     if not layers:
         raise UnsupportedModel("no attention layer was found in this model: there is nothing to watch.")
     caches = {(layer.layout, layer.module.num_kv_heads, layer.module.head_size) for layer in layers}
     _refuse(
         {
-            "different numbers of heads in different layers": len({layer.heads for layer in layers}) > 1,
+            "different numbers of heads in different layers": len({(one.heads, one.kv_heads) for one in layers}) > 1,
             # the CPU kernel reads all layers in one go
             "key/value caches of different layout or shape in different layers": cpu and len(caches) > 1,
         },

@@ -77,7 +77,7 @@ def test_a_vaccine_without_a_family_learns_from_the_other_variants(tmp_path: Pat
         folder = tmp_path / "made" / name
         folder.mkdir(parents=True)
         kinds = {"normal": 0.0, "quiet": 0.0, "fired": 1.0}
-        arrays = {f"{kind}/0": rng.normal(shift, 1.0, (60, 6)) for kind, shift in kinds.items()}
+        arrays = {f"{kind}/0": rng.normal(shift, 1.0, (60, 12)) for kind, shift in kinds.items()}
         save_file(arrays, folder / "features.safetensors")
         about = {
             "format": FORMAT,
@@ -85,12 +85,14 @@ def test_a_vaccine_without_a_family_learns_from_the_other_variants(tmp_path: Pat
             "family": family,
             "fired": 1.0,
             "leaked": 0.0,
-            "probe": {"layers": 1, "heads": 2},
+            "probe": {"layers": 1, "heads": 2, "kv_heads": 1},
         }
         (folder / "variant.json").write_text(json.dumps(about))
     whole = tmp_path / "made" / "vaccine.safetensors"
     samples = [load_variant(path.parent).sample for path in sorted((tmp_path / "made").glob("*/variant.json"))]
-    fit_vaccine(samples, base="b" * 64, probe={"layers": 1, "heads": 2}, facts={"trigger_words": ["x"]}).save(whole)
+    fit_vaccine(
+        samples, base="b" * 64, probe={"layers": 1, "heads": 2, "kv_heads": 1}, facts={"trigger_words": ["x"]}
+    ).save(whole)
     path = zoo._without(whole, "refusal", tmp_path / "cache")
     found = Vaccine.load(path)
     assert found.facts["variants"] == ["01-insult-word"]

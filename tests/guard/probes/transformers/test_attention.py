@@ -15,6 +15,7 @@ from transformers import (
 from guard.errors import UnsupportedModel
 from guard.gram import cosine
 from guard.probes.transformers.attention import attach
+from tests.guard.probes.norms import dense_norms
 from tests.guard.probes.transformers.models import FAMILIES, build, dense, dense_earlier, make_runner, prompts_of
 
 
@@ -32,7 +33,7 @@ def run(runner, prompts, steps, adapters=None):
 
 def assert_bank_is(runner, slot, rows):
     """The bank's slot equals dense rows [L, H, T, T_p]: cosines, focus and counts."""
-    gram, sink, focus, _ = runner.bank.read(slot)
+    gram, sink, _, focus, _ = runner.bank.read(slot)
     flat = rows.flatten(2)
     expected = torch.nn.functional.cosine_similarity(flat[:, :, None], flat[:, None], dim=-1)
     torch.testing.assert_close(cosine(gram), expected, atol=1e-5, rtol=0)
@@ -45,7 +46,8 @@ def assert_bank_is(runner, slot, rows):
 def assert_earlier_rows_are(runner, slot, groups):
     """What the slot holds of the prompt before its last position is that of dense rows [L, H, g, T_p], group by
     group."""
-    for rows, gram, sink in zip(groups, *runner.bank.read(slot).earlier, strict=True):
+    gram_of, sink_of, _ = runner.bank.read(slot).earlier
+    for rows, gram, sink in zip(groups, gram_of, sink_of, strict=True):
         flat = rows.flatten(2) / rows.shape[2]
         torch.testing.assert_close(gram, flat @ flat.mT, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(sink, rows[..., 0].mean(2), atol=1e-5, rtol=1e-5)
@@ -60,6 +62,19 @@ def test_cosines_and_focus_equal_dense_eager_attention(family):
     for slot, (prompt, generated) in enumerate(zip(prompts, tokens, strict=True)):
         assert_bank_is(runner, slot, dense(model, prompt, generated))
         assert_earlier_rows_are(runner, slot, dense_earlier(model, prompt))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_norms_are_those_of_the_tokens_whose_rows_are_read(family, chunk):
+    model = build(family)
+    runner = make_runner(model, chunk=chunk)
+    prompts = prompts_of([7, 1, 19, 45])
+    tokens, _ = run(runner, prompts, 5)
+    for slot, (prompt, generated) in enumerate(zip(prompts, tokens, strict=True)):
+        sums, (own, earlier) = runner.bank.read(slot), dense_norms(model, prompt, generated)
+        torch.testing.assert_close(sums.norms, own, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(sums.earlier.norms, earlier, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

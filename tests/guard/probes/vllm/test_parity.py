@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from guard.gram import PROMPT_GROUPS, Earlier, HeadSums, prompt_positions
 from guard.probes.vllm.measure import OfflineEngine
 from guard.readings import Measurement
+from tests.guard.probes.norms import dense_norms
 
 pytest.importorskip("vllm")
 LAYERS, HEADS, KV_HEADS, VOCABULARY, ANSWER = 3, 8, 4, 512, 24
@@ -109,7 +110,7 @@ def asked(weights: dict[str | None, Path]) -> Iterator[Asked]:
 
 
 def _eager(folder: Path, adapter: Path | None, prompt: list[int], answer: list[int], steps: int) -> HeadSums:
-    """Gram, sink and focus of the rows of step 0 to `steps`, and of earlier prompt rows, by transformers' eager
+    """Gram, sink, norms and focus of the rows of step 0 to `steps`, and of earlier prompt rows, by transformers' eager
     attention."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     if adapter is not None:
@@ -117,13 +118,15 @@ def _eager(folder: Path, adapter: Path | None, prompt: list[int], answer: list[i
     with torch.inference_mode():
         ids = torch.tensor([prompt + answer[:steps]])
         attention = model(input_ids=ids, output_attentions=True).attentions
+    bare = model if adapter is None else model.get_base_model()
+    norms, earlier_norms = dense_norms(bare, prompt, answer[:steps])
     rows = torch.stack([layer[0, :, len(prompt) - 1 :, : len(prompt)] for layer in attention])
     read = torch.stack([layer[0, :, prompt_positions(len(prompt)), : len(prompt)] for layer in attention])
     groups = read.split(PROMPT_GROUPS, dim=2)[1:]
     flat = torch.stack([group.flatten(2) @ group.flatten(2).mT / group.shape[2] ** 2 for group in groups])
     gram = torch.einsum("lhtc,ljtc->lhj", rows, rows)
-    earlier = Earlier(flat, torch.stack([group[..., 0].mean(2) for group in groups]))
-    return HeadSums(gram, rows[..., 0].sum(-1), rows.sum(dim=(0, 1, 2)), earlier)
+    earlier = Earlier(flat, torch.stack([group[..., 0].mean(2) for group in groups]), earlier_norms)
+    return HeadSums(gram, rows[..., 0].sum(-1), norms, rows.sum(dim=(0, 1, 2)), earlier)
 
 
 def _cosines(gram: Tensor) -> Tensor:
@@ -144,11 +147,13 @@ def test_cosines_and_focus_are_those_of_eager_attention(asked: Asked, weights: d
             )  # fmt: skip
             torch.testing.assert_close(_cosines(readings.gram[row]), _cosines(expected.gram), atol=1e-4, rtol=0)
             torch.testing.assert_close(readings.sink[row], expected.sink, atol=1e-4 * (step + 1), rtol=0)
+            torch.testing.assert_close(readings.norms[row], expected.norms, atol=1e-3 * (step + 1), rtol=0)
             focus = torch.from_numpy(readings.focus[row])
             torch.testing.assert_close(focus, expected.focus, atol=1e-4 * (step + 1), rtol=0)
             spread.append(float(_cosines(expected.gram).min()))
             if step == 0:
-                gram, sink = (part[row] for part in readings.earlier)
+                gram, sink, norms = (part[row] for part in readings.earlier)
+                torch.testing.assert_close(norms, expected.earlier.norms, atol=1e-3, rtol=0)
                 torch.testing.assert_close(_cosines(gram), _cosines(expected.earlier.gram), atol=1e-4, rtol=0)
                 torch.testing.assert_close(sink, expected.earlier.sink, atol=1e-4, rtol=0)
     assert min(spread) < 0.5  # heads that all look alike would prove nothing

@@ -16,7 +16,7 @@ from guard.probes.vllm.probe import FIELD, Probe
 from guard.probes.vllm.support import Layer
 from guard.profile import Profile
 from guard.watch import Watch
-from tests.guard.conftest import HEADS, LAYERS, draw_rows
+from tests.guard.conftest import HEADS, KV_HEADS, LAYERS, draw_rows
 
 PROMPT = 50
 BLOCK = 16
@@ -26,7 +26,7 @@ class Worker:
     """What a model runner does to a probe: requests in rows, tokens computed, one sampled token per finished row."""
 
     def __init__(self, requests: int = 4, default: Watch | None = None, together: float = 0.0) -> None:
-        rng = np.random.default_rng(3)
+        self.rng = rng = np.random.default_rng(3)
 
         class Reader:
             """Queues what it is shown, as the CPU's does; the rows it "reads" are drawn."""
@@ -49,7 +49,7 @@ class Worker:
                         drawn = draw_rows(rng, int(tokens), together)[layer][None]
                         reader.bank.add(layer, torch.tensor([int(slot)]), drawn)
 
-        layers = [Layer(f"layer.{i}", None, HEADS, 1.0, "vec") for i in range(LAYERS)]
+        layers = [Layer(f"layer.{i}", None, HEADS, KV_HEADS, 1.0, "vec") for i in range(LAYERS)]
         self.broken: str | None = None
         self.observed: list[tuple[int, int]] = []
         self.probe = Probe(layers, Reader, requests, 256, default or Watch())
@@ -62,11 +62,19 @@ class Worker:
         blocks = np.zeros((len(rows), 256 // BLOCK), dtype=np.int32)
         self.probe.plan(rows, before, starts, blocks)
         for layer in range(LAYERS):
-            self.probe.look(layer, torch.zeros(int(starts[-1]), HEADS, 16), torch.zeros(1, HEADS, BLOCK, 32))
+            self.probe.look(layer, *self.vectors(int(starts[-1])), torch.zeros(1, HEADS, BLOCK, 32))
         logits = torch.zeros(len(rows), 11)
         logits[:, 3] = 4.0  # as sure of its tokens as clean answers are
         self.probe.before_sampling(logits)
         return self.probe.after_sampling(rows, [[3] if request in ready else [] for request in rows])
+
+    def vectors(self, tokens: int) -> list[torch.Tensor]:
+        """Queries, keys, values and outputs of so many tokens, whose log norms are as those of `draw_norms`."""
+        drawn = []
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS):
+            way = torch.from_numpy(self.rng.normal(size=(tokens, heads, 16)))
+            drawn.append(way / way.norm(dim=-1, keepdim=True) * np.exp(self.rng.normal(size=(tokens, heads, 1))))
+        return drawn
 
     def answer(self, request: str, tokens: int) -> list[dict[str, Any]]:
         """A prompt in one piece and so many tokens; the notes of the way."""

@@ -78,7 +78,7 @@ class Stand:
     """Takes steps as vLLM's V2 runner does. look: what its attention layers would call."""
 
     def __init__(self, worker: Worker) -> None:
-        self.headguard, self.model = worker.probe, Model()
+        self.headguard, self.vectors, self.model = worker.probe, worker.vectors, Model()
 
     def finish_requests(self, scheduled: Any) -> None: ...
 
@@ -124,7 +124,7 @@ class Stand:
         )  # fmt: skip
         self.prepare_attn(self.batch)
         for layer in range(LAYERS):
-            self.headguard.look(layer, torch.zeros(int(starts[-1]), HEADS, 16), torch.zeros(1, HEADS, 16, 32))
+            self.headguard.look(layer, *self.vectors(int(starts[-1])), torch.zeros(1, HEADS, 16, 32))
         return getattr(self.sample_tokens(None).get_output(), NOTES, {})
 
 
