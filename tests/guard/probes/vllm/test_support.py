@@ -118,6 +118,13 @@ def test_a_layer_that_does_not_attend_plainly_is_refused_by_name(layer: Any, mor
         attention_layers(layers, CONTEXT, cpu=True)
 
 
+def test_values_of_another_size_than_keys_are_refused(layer: Any) -> None:
+    strange = layer("model.layers.0.attn")
+    strange.head_size_v = 8
+    with pytest.raises(UnsupportedModel, match="values of another size"):
+        attention_layers({"model.layers.0.attn": strange}, CONTEXT, cpu=True)
+
+
 def test_layers_come_in_the_order_of_the_model_and_a_wide_window_is_no_window(layer: Any) -> None:
     names = [f"model.layers.{i}.attn" for i in (10, 2, 0)]
     layers = attention_layers({n: layer(n, per_layer_sliding_window=CONTEXT) for n in names}, CONTEXT, cpu=True)
@@ -136,5 +143,7 @@ def test_a_cache_layout_that_nobody_can_read_is_refused(layer: Any) -> None:
 def test_caches_that_differ_between_layers_are_refused_on_a_cpu(layer: Any, field: str, value: Any) -> None:
     layers = {name: layer(name) for name in ("model.layers.0.attn", "model.layers.1.attn")}
     setattr(layers["model.layers.1.attn"], field, value)
+    if field == "head_size":
+        layers["model.layers.1.attn"].head_size_v = value
     with pytest.raises(UnsupportedModel, match="different layout or shape"):
         attention_layers(layers, CONTEXT, cpu=True)
