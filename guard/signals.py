@@ -127,7 +127,7 @@ SIGNALS: dict[str, Signal] = {
         ),
         Signal(
             "shift",
-            "how unlikely the similarities, norms and sinks of all heads are under a mixture fitted to this model's "
+            "how unlikely the similarities, sinks and norms of all heads are under a mixture fitted to this model's "
             "own clean ones at the last prompt position: a trigger moves them as a pattern that no clean task shows",
             attention=True,
             fused=True,
