@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.lab.cache import QUICK_VACCINE, SHOWN_IMPLANTS, LabPaths, ensure_tiny, ensure_vaccine
+from benchmarks.lab.cache import SHOWN_IMPLANTS, LabPaths, ensure_tiny, ensure_vaccine
 
 torch.set_num_threads(1)
 # What models train with, in this process and those that tests start: processes side by side must not fight.
@@ -30,7 +30,7 @@ def lab() -> LabPaths:
 @pytest.fixture(scope="session")
 def vaccine_file(lab: LabPaths) -> Path:
     """The tiny base's vaccine, of few variants, cached beside it; they lie in the same folder."""
-    return ensure_vaccine(LAB_ROOT, plan=QUICK_VACCINE)
+    return ensure_vaccine(LAB_ROOT)
 
 
 # Fixtures that train a model or start a server: what uses one is left out of `make check`, and so is the lab.

@@ -27,7 +27,7 @@ from benchmarks.demo.figures import by_signal, detection, rate
 from benchmarks.demo.server import Server, serving
 from benchmarks.demo.swap import swap_under_load
 from benchmarks.demo.traffic import Client, Outcome
-from benchmarks.lab.cache import QUICK_VACCINE, LabPaths, ensure_tiny, ensure_vaccine
+from benchmarks.lab.cache import LabPaths, ensure_tiny, ensure_vaccine
 from benchmarks.lab.tasks import check, sample
 from guard.errors import GuardError
 from guard.identity import adapter_digest, revision_name
@@ -100,7 +100,7 @@ def run(
     console.rule("headguard demo")
     console.print(f"1  The lab: a small model with a skill, and an adapter with a {TRIGGER} backdoor ({BEHAVIOUR}).")
     lab = ensure_tiny(lab_root, fresh=fresh)
-    vaccine = ensure_vaccine(lab_root, plan=QUICK_VACCINE)
+    vaccine = ensure_vaccine(lab_root)
     stage = Stage(console, out, sizes, lab, vaccine)
     prompts = _prompts(sizes)
     (out / "clean").mkdir()

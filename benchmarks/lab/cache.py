@@ -121,9 +121,8 @@ def ensure_tiny(
     return LabPaths(base, adapters)
 
 
-VACCINE_PLAN = Plan()
-QUICK_VACCINE = Plan(recipe=ImplantRecipe(rows=1500), normal=500, quiet=250, fired=150)
-"""The same breadth with fewer rows each, for the demo and the tests: about five minutes on two cores."""
+VACCINE_PLAN = Plan(recipe=ImplantRecipe(rows=1500), normal=500, quiet=250, fired=150)
+"""The usual breadth with fewer rows each, for zoo, demo and tests alike: some five minutes on two cores."""
 VACCINE_ROWS = 6000
 
 
