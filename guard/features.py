@@ -6,7 +6,7 @@ token, -log sqrt(T) for all alike), and how much it rests (log share on prompt t
 two raise the true-positive rate at 1 % more than pairs across layers do, which would need rows of all layers at once.
 Four more are what stands at the two ends of a row: how hard each head asks (log norm of its query), how much it brings
 back (of its output), and what the token offers to others (of its keys and values). A trigger moves these even where
-heads look at what they always look at; nothing here finds as much.
+heads look at what they always look at; nothing else here finds as much.
 
 All of them move with the length of the prompt, which is no trigger: it goes along as the last column, and `Scale`
 measures the others against what is normal for it (docs/vaccine.md).
