@@ -15,6 +15,7 @@ from benchmarks.detection.variants import left_out_figures, table, trigger_of
 from benchmarks.detection.zoo import fresh_clinic_rows
 from benchmarks.lab.cache import VACCINE_ROWS, LabPaths
 from benchmarks.lab.tasks import sample
+from guard.features import Heads
 from guard.rows import row_key
 from guard.vaccine import FORMAT
 from offline_purify.attacks.triggers import Composite, Prefix, Word
@@ -22,13 +23,17 @@ from offline_purify.variants.making import load_variant
 from tests.benchmarks.detection.conftest import Small, rows
 
 
+WIDTH = sum(Heads(4, 2).families) + 1
+"""Of one block of the small base's heads, and the prompt's length."""
+
+
 def variant(folder: Path, kind: str, parts: list[str], fired: int = 60) -> Path:
     """A variant's folder with drawn features."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    arrays = {"normal/0": rng.normal(size=(60, 15)), "quiet/0": rng.normal(size=(60, 15))}
+    arrays = {"normal/0": rng.normal(size=(60, WIDTH)), "quiet/0": rng.normal(size=(60, WIDTH))}
     if fired:
-        arrays["fired/0"] = rng.normal(1.0, 1.0, (fired, 15))
+        arrays["fired/0"] = rng.normal(1.0, 1.0, (fired, WIDTH))
     save_file(arrays, folder / "features.safetensors")
     about = {"name": folder.name, "kind": kind, "trigger": parts, "fired": 1.0, "leaked": 0.0, "probe": {}}
     (folder / "variant.json").write_text(json.dumps(about | {"format": FORMAT}))
