@@ -22,7 +22,6 @@ from offline_purify.attacks.triggers import Composite, Prefix, Word
 from offline_purify.variants.making import load_variant
 from tests.benchmarks.detection.conftest import Small, rows
 
-
 WIDTH = sum(Heads(4, 2).families) + 1
 """Of one block of the small base's heads, and the prompt's length."""
 
