@@ -23,7 +23,7 @@ import torch
 
 from guard.similarity import fisher
 
-_FLOOR = 1e-4  # shares and norms below it are one: a head that never looks at the prompt
+_FLOOR = 1e-4  # shares and lengths of rows below it are one: a head that never looks at the prompt
 _Z_LIMIT = 6.0  # a feature this many deviations out says no more than that: one broken head must not decide
 _SPREAD = 0.02  # keeps a feature that hardly ever moves from dominating once it does (lab-findings, section 7)
 

@@ -34,9 +34,7 @@ def arrays_of(recorded: Recorded) -> dict[str, np.ndarray]:
         arrays[f"{step}/focus"] = np.concatenate(readings.focus)
         arrays[f"{step}/focus_len"] = np.asarray([len(focus) for focus in readings.focus], dtype=np.int64)
         if readings.earlier is not None:
-            arrays[f"{step}/earlier_gram"] = readings.earlier.gram.numpy()
-            arrays[f"{step}/earlier_sink"] = readings.earlier.sink.numpy()
-            arrays[f"{step}/earlier_norms"] = readings.earlier.norms.numpy()
+            arrays |= {f"{step}/earlier_{name}": part.numpy() for name, part in readings.earlier._asdict().items()}
     return arrays
 
 
