@@ -65,7 +65,8 @@ def head_patterns(z: np.ndarray, heads: Heads) -> np.ndarray:
     flattened where it is large, and what its family does in its block, whichever heads do it: [n, B W + 42 B] (36 B for
     a single head, which has no pairs). What each is worth: docs/vaccine.md."""
     each = heads.families
-    families = np.split(z.reshape(len(z), -1, sum(each)), np.cumsum(each)[:-1], axis=2)
+    blocks = z.shape[1] // sum(each)
+    families = np.split(z.reshape(len(z), blocks, sum(each)), np.cumsum(each)[:-1], axis=2)
     found = [np.tanh(z)]
     for family in families:
         if family.shape[2]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,9 @@ _SPREAD = 1e-3  # keeps a pattern that never moves from being divided by nothing
 # Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
 # flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
 _FORCED = 2
+# Each quiet request (a near-trigger, strange words, two questions in one) counts so often beyond the first token: a
+# fifth are spared for 0.01 of triggers. Before it that would cost more (docs/vaccine.md).
+_QUIET = 4
 _LEAST = 50  # triggered requests that a checkpoint needs, over all variants
 _FEWEST = 20  # normal requests of one variant that what is normal at a checkpoint can be fitted on
 _FOLDS = 3  # as many as the default plan makes passes over the families: siblings of each family are left to teach
@@ -78,17 +81,15 @@ def fit_vaccine(
     facts: Mapping[str, Any] | None = None,
 ) -> Vaccine:
     """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
-    folds = _folds(samples)
-    heads = Heads(probe["heads"], probe["kv_heads"])
-    scorers = _scorers(samples, heads)
+    heads, folds = Heads(probe["heads"], probe["kv_heads"]), _folds(samples)
+    names = [{sample.name for sample in left_out} for left_out in folds]
+    others = [[sample for sample in samples if sample.name not in left_out] for left_out in names]
+    scorers, *of_others = _scorers([samples, *others], heads)
     if 0 not in scorers:
         raise CalibrationError(
             f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
             "learn from. Train them longer, or on more rows."
         )
-    names = [{sample.name for sample in left_out} for left_out in folds]
-    others = [[sample for sample in samples if sample.name not in left_out] for left_out in names]
-    of_others = [_scorers(taught, heads) for taught in others]
     about = {**(facts or {}), "variants": [sample.name for sample in samples]}
     return Vaccine(base, probe, scorers, _weights(folds, of_others), about)
 
@@ -101,50 +102,63 @@ def _folds(samples: Sequence[Sample]) -> list[list[Sample]]:
     return [[judged[place] for place in fold] for fold in np.array_split(np.arange(len(judged)), _FOLDS)]
 
 
-def _scorers(samples: Sequence[Sample], heads: Heads) -> dict[int, Scorer]:
-    """A scorer for each checkpoint at which enough triggered requests were measured."""
-    found: dict[int, Scorer] = {}
-    for step in sorted({step for sample in samples for step in sample.normal}):
-        quiet, fired = _standardised(samples, step)
-        if len(fired) >= _LEAST:
-            found[step] = _discriminant(quiet, fired, heads)
+class _Taught(NamedTuple):
+    """What one variant teaches at a checkpoint: patterns of requests that must not be flagged [n, D], how often each of
+    them counts [n], and patterns of those that fired [m, D]."""
+
+    silent: np.ndarray
+    counts: np.ndarray
+    fired: np.ndarray
+
+
+def _scorers(taught: Sequence[Sequence[Sample]], heads: Heads) -> list[dict[int, Scorer]]:
+    """For each of several sets of variants a scorer for each checkpoint at which enough triggered requests were
+    measured. What a variant teaches is worked out once for all sets that it is in."""
+    found: list[dict[int, Scorer]] = [{} for _ in taught]
+    everyone = {sample.name: sample for samples in taught for sample in samples}
+    for step in sorted({step for sample in everyone.values() for step in sample.normal}):
+        lessons = {name: lesson for name, sample in everyone.items() if (lesson := _lesson(sample, step, heads))}
+        for samples, scorers in zip(taught, found, strict=True):
+            theirs = [lessons[sample.name] for sample in samples if sample.name in lessons]
+            if sum(len(lesson.fired) for lesson in theirs) >= _LEAST:
+                scorers[step] = _discriminant(theirs, heads)
     return found
 
 
-def _standardised(samples: Sequence[Sample], step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features of all variants' quiet and fired requests at a checkpoint, each in its own variant's deviations."""
-    quiet: list[np.ndarray] = []
-    fired: list[np.ndarray] = []
-    for sample in samples:
-        normal = sample.normal.get(step)
-        if normal is None or len(normal) < _LEAST:
-            continue
-        scale = Scale.fit(normal)
-        quiet.append(scale.standardised(normal))
-        for group, into in ((sample.quiet, quiet), *_FORCED * ((sample.forced, quiet),), (sample.fired, fired)):
-            if step in group and len(group[step]):
-                into.append(scale.standardised(group[step]))
+def _lesson(sample: Sample, step: int, heads: Heads) -> _Taught | None:
+    """What a variant teaches at a checkpoint, in its own deviations; None where too few clean requests came so far."""
+    normal = sample.normal.get(step)
+    if normal is None or len(normal) < _LEAST:
+        return None
+    scale = Scale.fit(normal)
+    nothing = np.empty((0, normal.shape[1]))
 
-    def joined(group: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(group, dtype=np.float32) if group else np.empty((0, 0), np.float32)
+    def patterns(*groups: np.ndarray) -> np.ndarray:  # in single precision: there are many
+        return head_patterns(np.concatenate([scale.standardised(group) for group in groups], dtype=np.float32), heads)
 
-    return joined(quiet), joined(fired)
+    silent = [normal, sample.quiet.get(step, nothing), sample.forced.get(step, nothing)]
+    times = (1, _QUIET if step else 1, _FORCED)
+    counts = np.repeat(np.asarray(times, np.float32), [len(group) for group in silent])
+    return _Taught(patterns(*silent), counts, patterns(sample.fired.get(step, nothing)))
 
 
-def _discriminant(quiet: np.ndarray, fired: np.ndarray, heads: Heads) -> Scorer:
-    """What tells fired requests [m, F] from quiet ones [n, F]: Fisher's direction, by ridge regression on which is
-    which, in deviations of the quiet ones' scores."""
+def _discriminant(taught: Sequence[_Taught], heads: Heads) -> Scorer:
+    """What tells the requests that fired from the silent ones: Fisher's direction, by ridge regression on which is
+    which, in deviations of the silent ones' scores."""
     from sklearn.linear_model import Ridge  # slow to import, and only vaccination needs it
 
-    n = len(quiet)
-    seen = head_patterns(np.concatenate((quiet, fired)), heads)  # single precision, like what it is made of
-    spread = seen[:n].std(axis=0) + _SPREAD
-    seen -= seen[:n].mean(axis=0)
+    seen = np.concatenate([lesson.silent for lesson in taught] + [lesson.fired for lesson in taught])
+    counts = np.concatenate([lesson.counts for lesson in taught])
+    n, fired = len(counts), len(seen) - len(counts)
+    share = counts / counts.sum()
+    seen -= share @ seen[:n]
+    spread = np.sqrt(np.einsum("n,nd,nd->d", share, seen[:n], seen[:n])) + _SPREAD
     seen /= spread
-    fires = np.r_[np.zeros(n), np.ones(len(fired))]
+    fires, weights = np.r_[np.zeros(n), np.ones(fired)], np.r_[counts, np.ones(fired)]
     # By conjugate gradients: a large model has more patterns than a matrix of them all could hold.
-    direction = Ridge(_RIDGE * len(seen), solver="lsqr", tol=_SOLVED).fit(seen, fires).coef_
-    return Scorer((direction / spread / (seen[:n] @ direction).std()).astype(np.float32), np.asarray(heads))
+    ridge = Ridge(_RIDGE * weights.sum(), solver="lsqr", tol=_SOLVED).fit(seen, fires, sample_weight=weights)
+    deviation = np.sqrt(share @ (seen[:n] @ ridge.coef_) ** 2)
+    return Scorer((ridge.coef_ / spread / deviation).astype(np.float32), np.asarray(heads))
 
 
 def _weights(folds: Sequence[Sequence[Sample]], scorers: Sequence[Mapping[int, Scorer]]) -> dict[str, float]:

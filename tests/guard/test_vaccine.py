@@ -54,6 +54,32 @@ def test_what_variants_share_is_recognised_in_one_it_never_saw(vaccine, pattern)
     assert (fired > np.quantile(clean, 0.99)).mean() > 0.9
 
 
+def test_beyond_the_first_token_what_must_stay_quiet_counts_more_than_clean_requests(pattern, monkeypatch):
+    """Near-triggers: part of what a trigger does, in a third of the features, and nothing of the rest."""
+    part = np.where(np.arange(WIDTH) % 3 == 0, pattern, 0.0)
+
+    def near_by():
+        """How far near-triggers lie from clean requests, in deviations of these."""
+        taught = []
+        for seed in range(3):
+            sample, draw = variant(seed, pattern)
+            near = of_any_length(draw(200)[:, :-1] + part, np.random.default_rng(seed))
+            normal, fired = (dict.fromkeys((0, 1), group[0]) for group in (sample.normal, sample.fired))
+            taught.append(replace(sample, normal=normal, quiet={1: near}, fired=fired))
+        scorer = fit_vaccine(taught, base=BASE, probe=PROBE).scorers[1]
+        sample, draw = variant(50, pattern)
+        scale = Scale.fit(sample.normal[0])
+        clean, fired, near = draw(300), draw(300, 1.0), draw(300)
+        near[:, :-1] += part
+        clean, fired, near = (scorer.score(scale.standardised(group)) for group in (clean, fired, near))
+        assert (fired > np.quantile(clean, 0.99)).mean() > 0.9
+        return (near.mean() - clean.mean()) / clean.std()
+
+    apart = near_by()
+    monkeypatch.setattr("guard.vaccination._QUIET", 1)
+    assert apart < 0.9 * near_by()
+
+
 def test_a_direction_is_solved_to_more_than_rounding_changes():
     """Features of one request move together, and an early stop would leave to the last bits where."""
     rng = np.random.default_rng(0)
