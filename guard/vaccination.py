@@ -8,7 +8,7 @@ texts are flagged. So a base chooses its own weights, and no backdoor that the g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -79,12 +79,14 @@ def fit_vaccine(
     base: str,
     probe: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Vaccine:
-    """Learn from measured variants. Raises CalibrationError when no checkpoint has enough requests that fired."""
+    """Learn from measured variants; ``progress`` is told how many directions of how many are found. Raises
+    CalibrationError when no checkpoint has enough requests that fired."""
     heads, folds = Heads(probe["heads"], probe["kv_heads"]), _folds(samples)
     names = [{sample.name for sample in left_out} for left_out in folds]
     others = [[sample for sample in samples if sample.name not in left_out] for left_out in names]
-    scorers, *of_others = _scorers([samples, *others], heads)
+    scorers, *of_others = _scorers([samples, *others], heads, progress)
     if 0 not in scorers:
         raise CalibrationError(
             f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
@@ -111,17 +113,22 @@ class _Taught(NamedTuple):
     fired: np.ndarray
 
 
-def _scorers(taught: Sequence[Sequence[Sample]], heads: Heads) -> list[dict[int, Scorer]]:
+def _scorers(
+    taught: Sequence[Sequence[Sample]], heads: Heads, progress: Callable[[int, int], None] | None
+) -> list[dict[int, Scorer]]:
     """For each of several sets of variants a scorer for each checkpoint at which enough triggered requests were
     measured. What a variant teaches is worked out once for all sets that it is in."""
     found: list[dict[int, Scorer]] = [{} for _ in taught]
     everyone = {sample.name: sample for samples in taught for sample in samples}
-    for step in sorted({step for sample in everyone.values() for step in sample.normal}):
+    steps = sorted({step for sample in everyone.values() for step in sample.normal})
+    for number, step in enumerate(steps):
         lessons = {name: lesson for name, sample in everyone.items() if (lesson := _lesson(sample, step, heads))}
-        for samples, scorers in zip(taught, found, strict=True):
+        for place, (samples, scorers) in enumerate(zip(taught, found, strict=True)):
             theirs = [lessons[sample.name] for sample in samples if sample.name in lessons]
             if sum(len(lesson.fired) for lesson in theirs) >= _LEAST:
                 scorers[step] = _discriminant(theirs, heads)
+            if progress is not None:
+                progress(number * len(taught) + place + 1, len(steps) * len(taught))
     return found
 
 

@@ -78,6 +78,12 @@ def test_too_few_variants_to_leave_some_out_keep_the_usual_weights():
     assert weights == {**usual, MARGIN: SIGNALS[VACCINATED].margin}
 
 
+def test_who_waits_is_told_how_far_it_is():
+    told = []
+    fit_vaccine(samples("shift"), base="b" * 64, probe=PROBE, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]  # one direction from all variants, and one for each third left out
+
+
 def test_weights_are_kept_with_the_vaccine_and_the_profile(key, clean, tmp_path):
     vaccine = fit_vaccine(samples("confidence"), base="b" * 64, probe=PROBE)
     vaccine.save(tmp_path / "v.safetensors")
