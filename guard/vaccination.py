@@ -42,7 +42,7 @@ _FOLDS = 3  # as many as the default plan makes passes over the families: siblin
 _TRIED = (0.25, 0.5, 1.0, 2.0)  # weights of each signal beside the vaccine's, which keeps its own
 _MARGINS = (0.5, 1.0, 1.5, 2.0)  # beyond the last prompt position
 _ALPHA = 0.01
-_MOST_FORCED = 0.05  # of forced texts that may be flagged
+_MOST_FORCED = 0.03  # of forced texts that may be flagged: a mean over variants, of which some are above it
 
 
 def oddness_beside(
