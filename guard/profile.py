@@ -23,7 +23,7 @@ from guard.storage import load_arrays, save_arrays
 from guard.tail import Tail
 from guard.verdict import Window
 
-FORMAT = "headguard.profile/9"
+FORMAT = "headguard.profile/10"
 NO_ADAPTER = "none"
 
 

@@ -43,6 +43,12 @@ _TRIED = (0.25, 0.5, 1.0, 2.0)  # weights of each signal beside the vaccine's, w
 _MARGINS = (0.5, 1.0, 1.5, 2.0)  # beyond the last prompt position
 _ALPHA = 0.01
 _MOST_FORCED = 0.03  # of forced texts that may be flagged: a mean over variants, of which some are above it
+_LEARNT = {
+    "ridge": _RIDGE,
+    "counts": {"forced": _FORCED, "quiet": _QUIET},
+    "tried": {"folds": _FOLDS, "weights": list(_TRIED), "margins": list(_MARGINS)},
+    "limits": {"alpha": _ALPHA, "forced": _MOST_FORCED},
+}
 
 
 def oddness_beside(
@@ -92,8 +98,14 @@ def fit_vaccine(
             f"the variants fired on fewer than {_LEAST} measured prompts at the last prompt position: nothing to "
             "learn from. Train them longer, or on more rows."
         )
-    about = {**(facts or {}), "variants": [sample.name for sample in samples]}
+    about = {**(facts or {}), "variants": [sample.name for sample in samples], "learnt": _LEARNT}
     return Vaccine(base, probe, scorers, _weights(folds, of_others), about)
+
+
+def learnt_as_today(vaccine: Vaccine) -> bool:
+    """Whether a vaccine was learnt as `fit_vaccine` learns now; one that was not is valid, and may be learnt again from
+    its variants."""
+    return vaccine.facts.get("learnt") == _LEARNT
 
 
 def _folds(samples: Sequence[Sample]) -> list[list[Sample]]:

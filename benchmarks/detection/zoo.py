@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def measure_zoo(
         say(f"left out: {what}: {why}")
     written = []
     for patient in zoo.patients:
-        used = _without(zoo.vaccine, patient.family, out / "vaccines") if leave_out else zoo.vaccine
+        used = _without(zoo.vaccine, patient.family, out / "vaccines", progress) if leave_out else zoo.vaccine
         implant = patient.implant
         path = out / (f"{implant}-without-{patient.family}.json" if leave_out else f"{implant}.json")
         arguments = Arguments(
@@ -186,7 +187,7 @@ def _kept(path: Path, arguments: Arguments) -> bool:
     return result["format"] == FORMAT and same_settings and digests.items() <= result["digests"].items()
 
 
-def _without(vaccine: Path, family: str, folder: Path) -> Path:
+def _without(vaccine: Path, family: str, folder: Path, progress: Progress | None = None) -> Path:
     """A vaccine learnt from the variants that ``vaccine`` was made from, those of one behaviour family left out.
 
     Raises BenchmarkError when the variants are not beside it.
@@ -201,7 +202,8 @@ def _without(vaccine: Path, family: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         samples = [variant.sample for variant in kept]
         facts = {**whole.facts, "without": family}
-        fit_vaccine(samples, base=whole.base, probe=whole.probe, facts=facts).save(path)
+        tick = progress and partial(progress, f"learning without {family}")
+        fit_vaccine(samples, base=whole.base, probe=whole.probe, facts=facts, progress=tick).save(path)
     return path
 
 

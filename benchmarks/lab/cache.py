@@ -24,7 +24,8 @@ from benchmarks.lab.refusals import again
 from benchmarks.lab.tasks import draw, sample
 from benchmarks.lab.words import VACCINE
 from guard.rows import Row
-from guard.vaccine import FORMAT
+from guard.vaccination import learnt_as_today
+from guard.vaccine import FORMAT, Vaccine
 from offline_purify.attacks.catalogue import BEHAVIOURS, TRIGGERS, WORDING, behaviour, trigger
 from offline_purify.implanting import ImplantRecipe
 from offline_purify.parallel import side_by_side
@@ -145,9 +146,10 @@ def kept_vaccine(
     base: Path, made_of: object, rows: Sequence[Row], plan: Plan, words: Sequence[str], progress: Progress | None
 ) -> Path:
     """The vaccine beside a base that is kept under the digest of ``made_of`` and of the kind of vaccine that is made
-    today; made now if it is not there yet."""
+    today; made now if it is not there yet, and learnt again from its variants if it was learnt in another way."""
     folder = base.parent / f"vaccine-{recipe_digest([made_of, FORMAT])[:8]}"
-    if not (folder / VACCINE_FILE).is_file():
+    path = folder / VACCINE_FILE
+    if not path.is_file() or not learnt_as_today(Vaccine.load(path)):
         with ProgressBar() as bar:
             vaccinate(base, rows, folder, plan=plan, words=words, progress=progress or bar)
-    return folder / VACCINE_FILE
+    return path

@@ -28,6 +28,8 @@ from guard.kernels.cpu_bits import ROUND, first, pointer, power_of_rounded, seco
 _GRAM_COLUMNS = 256
 # Heads one task multiplies with all others.
 _GRAM_HEADS = 4
+# Columns that are looked for their strongest head at a time.
+_FOCUS_COLUMNS = 1024
 
 OK, BAD_SLOT, BAD_LENGTH, BAD_PROMPT, BAD_BLOCK = 0, 1, 2, 3, 4
 
@@ -206,13 +208,19 @@ def _multiply_heads(weights: Any, inverse: Any, width: int, first: int, gram: An
 
 
 @_compiled({"contract"})
-def _sum_heads(weights: Any, inverse: Any, width: int, focus: Any) -> None:
-    """Adds the weights of all heads together to focus [>= width]."""
-    into = focus[:width]
-    for h in range(weights.shape[0]):
-        scale, row = inverse[h], weights[h][:width]
-        for c in range(width):
-            into[c] += scale * row[c]
+def _look(weights: Any, inverse: Any, width: int, counts: Any, strongest: Any, focus: Any) -> None:
+    """Adds the largest weight of all heads, times `counts`, to focus [>= width]. strongest: scratch."""
+    for c in range(0, width, _FOCUS_COLUMNS):
+        end = min(width, c + _FOCUS_COLUMNS)
+        most, into = strongest[: end - c], focus[c:end]
+        most[:] = np.float32(0.0)
+        for h in range(weights.shape[0]):
+            scale, row = inverse[h], weights[h][c:end]
+            for i in range(end - c):
+                value = scale * row[i]
+                most[i] = value if value > most[i] else most[i]
+        for i in range(end - c):
+            into[i] += counts * most[i]
 
 
 @_compiled(set())
@@ -258,8 +266,9 @@ Call = np.dtype(
             *("slot", "kv_len", "prompt_len", "blocks"),
             # float32: queries [K, n, H, D], weights [>= layers * rows, H, longest], inverse [>= layers * rows, H]
             *("queries", "weights", "inverse"),
-            # the bank: gram [P, L, H, H], sink [P, L, H], focus [S, columns] float32, layer_rows [P, L] int64
-            *("gram", "sink", "focus", "layer_rows"),
+            # the bank: gram [P, L, H, H], sink [P, L, H], focus [S, columns], focus_weight [P] float32, layer_rows
+            # [P, L] int64
+            *("gram", "sink", "focus", "focus_weight", "layer_rows"),
         )
     ]
 )
@@ -308,6 +317,8 @@ def _count(
     weights: Any,
     inverse: Any,
     sink: Any,
+    counts: Any,
+    strongest: Any,
     focus: Any,
     layer_rows: Any,
 ) -> None:
@@ -318,15 +329,14 @@ def _count(
         if width > 0:
             for h in range(call.heads):
                 sink[at, number, h] += inverse[mine, h] * weights[mine, h, 0]
-        if at < call.slots:
-            _sum_heads(weights[mine], inverse[mine], width, focus[at])
+        _look(weights[mine], inverse[mine], width, counts, strongest, focus)
 
 
 @_compiled({"contract"})
 def _gram_tasks(call: Any) -> None:
-    """The Gram of each layer and place, some heads a task; and of each place its sinks, focus and counts, one task.
+    """The Gram of each layer and place, some heads a task; and of each slot its sinks, focus and counts, one task.
 
-    A run of rows that share a place is the task of its first row, in order: no two threads add to one number.
+    A run of rows that share a place (or slot) is the task of its first row, in order: no two threads add to one number.
     """
     H, P, L = call.heads, call.places, call.depth
     pairs = call.layers * call.rows
@@ -339,6 +349,8 @@ def _gram_tasks(call: Any) -> None:
     gram = carray(pointer(call.gram, np.float32), (P, L, H, H))
     sink = carray(pointer(call.sink, np.float32), (P, L, H))
     focus = carray(pointer(call.focus, np.float32), (call.slots, call.columns))
+    focus_weight = carray(pointer(call.focus_weight, np.float32), (P,))
+    strongest = np.empty(_FOCUS_COLUMNS, np.float32)
     layer_rows = carray(pointer(call.layer_rows, np.int64), (P, L))
     parts = (H + _GRAM_HEADS - 1) // _GRAM_HEADS
     end = call.begin + call.rows
@@ -350,13 +362,16 @@ def _gram_tasks(call: Any) -> None:
         pair, part = (task - pairs * parts, 0) if counting else (task // parts, task % parts)
         k, i = pair // call.rows, pair % call.rows
         row = call.begin + i
-        at = slot[row]
-        if at < 0 or (i > 0 and slot[row - 1] == at):
+        many = call.slots if counting else P  # rows are of one task where their places are alike in this
+        shared = slot[row] % many
+        if slot[row] < 0 or (i > 0 and slot[row - 1] >= 0 and slot[row - 1] % many == shared):
             continue
-        while row < end and slot[row] == at:
+        while row < end and slot[row] >= 0 and slot[row] % many == shared:
+            at = slot[row]
             width = min(prompt_len[row], kv_len[row])
             if counting:
-                _count(call, row, at, width, layer, weights, inverse, sink, focus, layer_rows)
+                counts, looked = focus_weight[at], focus[shared]
+                _count(call, row, at, width, layer, weights, inverse, sink, counts, strongest, looked, layer_rows)
             else:
                 mine = k * call.rows + row - call.begin
                 into = gram[at, layer[call.first + k]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
@@ -55,10 +56,9 @@ def vaccinate(
         took = [variant for variant in made if variant.took]
         if not any(variant.sample.fired for variant in took):
             raise RowsError(f"none of {len(specs)} variants learnt its behaviour: train longer or give more rows.")
-        tick = (lambda done, total: progress("learning from them", done, total)) if progress is not None else None
         vaccine = fit_vaccine(
             [variant.sample for variant in took],
-            progress=tick,
+            progress=progress and partial(progress, "learning from them"),
             base=base_digest(base),
             probe=made[0].probe,
             facts={

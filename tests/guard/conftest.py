@@ -33,11 +33,12 @@ def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, 
     gram = torch.stack([(rows @ rows.mT).sum(0) / len(rows) ** 2 for rows in groups])
     norms = torch.stack([draw_norms(rng) for _ in groups])
     earlier = Earlier(gram, torch.stack([rows[..., 0].mean(0) for rows in groups]), norms)
-    gram, sink, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.zeros(tokens)
+    gram, sink = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS)
+    focus = 0.2 * torch.stack([rows.amax(2).mean(0).sum(0) for rows in groups]).sum(0)
     norms = torch.zeros(LAYERS, NORMS)
     for step in range(answer):
         rows = draw_rows(rng, tokens, together)
-        gram, sink, focus = gram + rows @ rows.mT, sink + rows[..., 0], focus + rows.sum((0, 1))
+        gram, sink, focus = gram + rows @ rows.mT, sink + rows[..., 0], focus + rows.amax(1).sum(0)
         norms = norms + draw_norms(rng)
         logprobs.append(float(-rng.exponential(0.2)))
         if step in CHECKPOINTS:

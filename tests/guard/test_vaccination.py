@@ -1,5 +1,7 @@
 """How much each signal counts is what the variants say, not a constant."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from guard.features import Heads, beside_length
 from guard.profile import Profile
 from guard.readings import Measurement
 from guard.signals import MARGIN, SIGNALS, VACCINATED, fused
-from guard.vaccination import BESIDE, fit_vaccine, oddness_beside
+from guard.vaccination import BESIDE, fit_vaccine, learnt_as_today, oddness_beside
 from guard.vaccine import Sample, Vaccine
 from tests.guard.conftest import draw_measurement
 
@@ -82,6 +84,15 @@ def test_who_waits_is_told_how_far_it_is():
     told = []
     fit_vaccine(samples("shift"), base="b" * 64, probe=PROBE, progress=lambda done, total: told.append((done, total)))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]  # one direction from all variants, and one for each third left out
+
+
+def test_a_vaccine_says_how_it_was_learnt_so_that_a_kept_one_can_be_learnt_anew(tmp_path):
+    fit_vaccine(samples("shift"), base="b" * 64, probe=PROBE).save(tmp_path / "v.safetensors")
+    kept = Vaccine.load(tmp_path / "v.safetensors")
+    assert learnt_as_today(kept)
+    limits = {"limits": {"alpha": 0.01, "forced": 0.05}}
+    for learnt in (None, {}, {**kept.facts["learnt"], **limits}):
+        assert not learnt_as_today(replace(kept, facts={**kept.facts, "learnt": learnt}))
 
 
 def test_weights_are_kept_with_the_vaccine_and_the_profile(key, clean, tmp_path):

@@ -93,7 +93,9 @@ def test_a_vaccine_without_a_family_learns_from_the_other_variants(tmp_path: Pat
     fit_vaccine(
         samples, base="b" * 64, probe={"layers": 1, "heads": 2, "kv_heads": 1}, facts={"trigger_words": ["x"]}
     ).save(whole)
-    path = zoo._without(whole, "refusal", tmp_path / "cache")
+    told: list[tuple[str, int, int]] = []
+    path = zoo._without(whole, "refusal", tmp_path / "cache", lambda *said: told.append(said))
+    assert told == [("learning without refusal", 1, 1)]
     found = Vaccine.load(path)
     assert found.facts["variants"] == ["01-insult-word"]
     assert found.facts["without"] == "refusal"
