@@ -150,7 +150,7 @@ SIGNALS: dict[str, Signal] = {
         ),
         Signal(
             "focus",
-            "largest share of attention beyond normal on one prompt token: many heads look at the trigger at once",
+            "largest share of attention beyond normal on one prompt token: heads of many layers look at the trigger",
             attention=True,
             fused=False,
             tail="upper",

@@ -20,7 +20,7 @@ class HeadScore:
 
 @dataclass(frozen=True)
 class Span:
-    """Prompt tokens [start, end) on which the heads agree; ``weight`` is their share of all focus beyond normal."""
+    """Prompt tokens [start, end) that draw most focus; ``weight`` is their share of all that is beyond normal."""
 
     start: int
     end: int
