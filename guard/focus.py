@@ -1,10 +1,10 @@
 """Where the heads look: prompt tokens that draw more attention than such places do in clean requests.
 
-Focus (`guard.gram`) is what the strongest head of each layer spends, over the rows that are read, as shares of the
-whole. The first and last tokens of a prompt (sink and template) draw attention always, some more in one prompt and less
-in the next: so what a token draws is read in deviations from the clean mean of its place, and what is above normal, in
-runs of neighbouring tokens, are the spans an operator is shown. A causal model gathers a phrase in its last token, and
-there the heads look: so each run reaches back a little.
+Focus (`guard.gram`) is what the strongest head of each layer spends, as shares of the whole. The first and last tokens
+of a prompt (sink and template) draw attention always, some more in one prompt and less in the next: so what a token
+draws is read in deviations from the clean mean of its place, and what is above normal, in runs of neighbouring tokens,
+are the spans an operator is shown. A causal model gathers a phrase in its last token, and there the heads look: so each
+run reaches back a little.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ a streaming sum, so no matrix over time is ever kept:
 
     G_t = G_{t-1} + a_t a_t^T   in [L, H, H]          cos(h, j) = G[h, j] / sqrt(G[h, h] G[j, j])
 
-What the strongest head of a layer spends on each prompt token, added up over layers and rows, is the focus f in [T_p]:
-where a request is looked at. It takes in the rows before the last prompt position too, a fifth of one for each group,
-because what a phrase did may have been gathered there (docs/vaccine.md).
+What the strongest head of each layer spends on each prompt token, added up over layers and the same rows, is the focus
+f in [T_p]: where a request is looked at. In a sum over heads, many that look where they always do would drown the one
+that looks at a trigger.
 Beside them stands the sink: what each head spends on prompt token 0, where heads that have nothing to do rest.
 And the norms: how large the query that asked for a row was, the key and value that its token wrote, and the output
 that each head brought back. A row says where a head looked, not how hard it looked nor what it found there
@@ -41,7 +41,6 @@ PROMPT_ROWS: Final = sum(PROMPT_GROUPS)
 """Prompt positions, counted from the last, whose rows are read."""
 PROMPT_KEY: Final = "+".join(map(str, PROMPT_GROUPS))
 """What the key of a probe says of them."""
-_EARLIER_FOCUS = 0.2  # what a group's mean row counts for in the focus, where the row of the last position counts 1
 
 
 def prompt_positions(prompt_tokens: int, rows: int = PROMPT_ROWS) -> list[int]:
@@ -76,8 +75,8 @@ class Earlier(NamedTuple):
 
 class HeadSums(NamedTuple):
     """One slot's sums over the rows from the last prompt position on: gram [L, H, H], sink [L, H], norms
-    [L, 2 (H + H_kv)] (`log_norms`), all float32, and focus [T_p] float32, which holds the rows before it as well; and
-    the groups of those at step 0 (None where a bank keeps none)."""
+    [L, 2 (H + H_kv)] (`log_norms`), focus [T_p], all float32; and at step 0 the groups of rows before it (None where a
+    bank keeps none)."""
 
     gram: Tensor
     sink: Tensor
@@ -96,8 +95,8 @@ class HeadGrams:
 
     Attributes (all on `device`): gram [R S, L, H, H], sink [R S, L, H], norms [R S, L, 2 (H + H_kv)] float32,
     layer_rows [R S, L] int64, focus [S, T_max] float32, for the R `groups` of prompt rows: the first S places are the
-    slots' sums, the others (`place`) the groups before the last prompt position, which share their slot's focus;
-    focus_weight [R S] float32 is what a row there counts in it. `kv_heads` are as many as heads unless it is told.
+    slots' sums, the others (`place`) the groups before the last prompt position, which need no focus. `kv_heads` are as
+    many as heads unless it is told.
     """
 
     def __init__(
@@ -120,8 +119,6 @@ class HeadGrams:
         self.focus = torch.zeros(slots, max_prompt_tokens, dtype=torch.float32, device=device)
         self.layer_rows = torch.zeros(places, layers, dtype=torch.int64, device=device)
         self._rows = torch.tensor(self.groups[1:], dtype=torch.float32, device=device)
-        counted = [1.0, *(_EARLIER_FOCUS / size for size in self.groups[1:])]
-        self.focus_weight = torch.tensor(counted, dtype=torch.float32, device=device).repeat_interleave(slots)
         self._prompt_tokens = [0] * slots
 
     @property
@@ -153,7 +150,7 @@ class HeadGrams:
         """Adds observed queries. places [N] int64, slots or other places; rows [N, H, T] float32, T <= T_max."""
         self.gram[:, layer].index_add_(0, places, rows @ rows.transpose(-1, -2))
         self.sink[:, layer].index_add_(0, places, rows[..., 0])
-        looked = rows.amax(dim=1) * self.focus_weight[places].unsqueeze(-1)
+        looked = rows.amax(dim=1) * (places < self.slots).unsqueeze(-1)
         self.focus[:, : rows.shape[-1]].index_add_(0, places % self.slots, looked)
         self.layer_rows[:, layer].index_add_(0, places, torch.ones_like(places))
 

@@ -128,7 +128,7 @@ class Reader:
             *(stride_b, stride_h, span // per_word, places, bank.slots, columns, depth),
             *(_address(counters), _address(counters) + 8),
             *map(_address, arrays),
-            *map(Tensor.data_ptr, (bank.gram, bank.sink, bank.focus, bank.focus_weight, bank.layer_rows)),
+            *(tensor.data_ptr() for tensor in (bank.gram, bank.sink, bank.focus, bank.layer_rows)),
         )
         scores, grams = cpu_loops.scores_function(element).address, cpu_loops.gram_function().address
         about = _address(call)

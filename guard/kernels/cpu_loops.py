@@ -28,7 +28,7 @@ from guard.kernels.cpu_bits import ROUND, first, pointer, power_of_rounded, seco
 _GRAM_COLUMNS = 256
 # Heads one task multiplies with all others.
 _GRAM_HEADS = 4
-# Columns that are looked for their strongest head at a time.
+# Columns that are looked through for their strongest head at a time.
 _FOCUS_COLUMNS = 1024
 
 OK, BAD_SLOT, BAD_LENGTH, BAD_PROMPT, BAD_BLOCK = 0, 1, 2, 3, 4
@@ -208,8 +208,8 @@ def _multiply_heads(weights: Any, inverse: Any, width: int, first: int, gram: An
 
 
 @_compiled({"contract"})
-def _look(weights: Any, inverse: Any, width: int, counts: Any, strongest: Any, focus: Any) -> None:
-    """Adds the largest weight of all heads, times `counts`, to focus [>= width]. strongest: scratch."""
+def _look(weights: Any, inverse: Any, width: int, strongest: Any, focus: Any) -> None:
+    """Adds the largest weight of all heads to focus [>= width]. strongest [_FOCUS_COLUMNS]: scratch."""
     for c in range(0, width, _FOCUS_COLUMNS):
         end = min(width, c + _FOCUS_COLUMNS)
         most, into = strongest[: end - c], focus[c:end]
@@ -220,7 +220,7 @@ def _look(weights: Any, inverse: Any, width: int, counts: Any, strongest: Any, f
                 value = scale * row[i]
                 most[i] = value if value > most[i] else most[i]
         for i in range(end - c):
-            into[i] += counts * most[i]
+            into[i] += most[i]
 
 
 @_compiled(set())
@@ -266,9 +266,8 @@ Call = np.dtype(
             *("slot", "kv_len", "prompt_len", "blocks"),
             # float32: queries [K, n, H, D], weights [>= layers * rows, H, longest], inverse [>= layers * rows, H]
             *("queries", "weights", "inverse"),
-            # the bank: gram [P, L, H, H], sink [P, L, H], focus [S, columns], focus_weight [P] float32, layer_rows
-            # [P, L] int64
-            *("gram", "sink", "focus", "focus_weight", "layer_rows"),
+            # the bank: gram [P, L, H, H], sink [P, L, H], focus [S, columns] float32, layer_rows [P, L] int64
+            *("gram", "sink", "focus", "layer_rows"),
         )
     ]
 )
@@ -317,7 +316,6 @@ def _count(
     weights: Any,
     inverse: Any,
     sink: Any,
-    counts: Any,
     strongest: Any,
     focus: Any,
     layer_rows: Any,
@@ -329,14 +327,15 @@ def _count(
         if width > 0:
             for h in range(call.heads):
                 sink[at, number, h] += inverse[mine, h] * weights[mine, h, 0]
-        _look(weights[mine], inverse[mine], width, counts, strongest, focus)
+        if at < call.slots:
+            _look(weights[mine], inverse[mine], width, strongest, focus[at])
 
 
 @_compiled({"contract"})
 def _gram_tasks(call: Any) -> None:
-    """The Gram of each layer and place, some heads a task; and of each slot its sinks, focus and counts, one task.
+    """The Gram of each layer and place, some heads a task; and of each place its sinks, focus and counts, one task.
 
-    A run of rows that share a place (or slot) is the task of its first row, in order: no two threads add to one number.
+    A run of rows that share a place is the task of its first row, in order: no two threads add to one number.
     """
     H, P, L = call.heads, call.places, call.depth
     pairs = call.layers * call.rows
@@ -349,7 +348,6 @@ def _gram_tasks(call: Any) -> None:
     gram = carray(pointer(call.gram, np.float32), (P, L, H, H))
     sink = carray(pointer(call.sink, np.float32), (P, L, H))
     focus = carray(pointer(call.focus, np.float32), (call.slots, call.columns))
-    focus_weight = carray(pointer(call.focus_weight, np.float32), (P,))
     strongest = np.empty(_FOCUS_COLUMNS, np.float32)
     layer_rows = carray(pointer(call.layer_rows, np.int64), (P, L))
     parts = (H + _GRAM_HEADS - 1) // _GRAM_HEADS
@@ -362,16 +360,13 @@ def _gram_tasks(call: Any) -> None:
         pair, part = (task - pairs * parts, 0) if counting else (task // parts, task % parts)
         k, i = pair // call.rows, pair % call.rows
         row = call.begin + i
-        many = call.slots if counting else P  # rows are of one task where their places are alike in this
-        shared = slot[row] % many
-        if slot[row] < 0 or (i > 0 and slot[row - 1] >= 0 and slot[row - 1] % many == shared):
+        at = slot[row]
+        if at < 0 or (i > 0 and slot[row - 1] == at):
             continue
-        while row < end and slot[row] >= 0 and slot[row] % many == shared:
-            at = slot[row]
+        while row < end and slot[row] == at:
             width = min(prompt_len[row], kv_len[row])
             if counting:
-                counts, looked = focus_weight[at], focus[shared]
-                _count(call, row, at, width, layer, weights, inverse, sink, counts, strongest, looked, layer_rows)
+                _count(call, row, at, width, layer, weights, inverse, sink, strongest, focus, layer_rows)
             else:
                 mine = k * call.rows + row - call.begin
                 into = gram[at, layer[call.first + k]]

@@ -21,8 +21,8 @@ class PagedRows:
     """The watched queries of one forward: n rows, several of one request among them, M blocks in the widest table.
 
     Every field is int32 and C-contiguous: numpy arrays for the CPU kernel, tensors on the device for the GPU kernel
-    (persistent ones, if the forward is captured in a graph). Rows of one slot stand next to each other, and among them
-    those that are added up in one place of the bank; a slot itself gets one row a forward.
+    (persistent ones, if the forward is captured in a graph). Rows that are added up in one place of the bank stand next
+    to each other; a slot itself gets one row a forward.
 
     query [n]: index among this forward's query tokens; slot [n]: place in the bank, negative for a dead row, which is
     skipped and whose other fields are never read; kv_len [n] >= 1: keys visible to the query (its position + 1);

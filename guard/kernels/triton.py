@@ -2,8 +2,8 @@
 
 The same sums as `guard.kernels.reference` and HeadGrams.add define, computed in two passes over a row's keys (softmax
 statistics first, then the prompt's weights and their Gram) by programs of fixed shape: nothing is read on the host, no
-memory is allocated once a `Workspace` exists, dead rows end at once, and no sum but the focus depends on the order of
-threads. What the programs cannot check (a slot or block out of range) is the plan's duty; the CPU kernel checks it too.
+memory is allocated once a `Workspace` exists, dead rows end at once, and no sum depends on the order of threads. What
+the programs cannot check (a slot or block out of range) is the plan's duty; the CPU kernel checks the same rows.
 
 Without the triton package this module imports, and `Workspace` raises KernelError.
 """
@@ -71,7 +71,7 @@ class Workspace:
         self._programs.statistics[(n, P)](*where, rows.blocks, self.largest, self.total, scale, *strides, **shape)
         self._programs.weights[(n, P)](
             *(*where, rows.prompt_len, rows.blocks, self.largest, self.total, self.shares, self.rests),
-            *(bank.focus, bank.focus_weight, scale, *strides, bank.focus.stride(0), *bank.focus.shape),
+            *(bank.focus, scale, *strides, bank.focus.stride(0), *bank.focus.shape),
             **shape,
         )
         self._programs.finish[(n,)](

@@ -5,11 +5,11 @@ per block, M blocks in a table row, P splits of a row, TILE columns at a time.
 
 Three launches of fixed shape, none of which reads a value on the host:
   statistics [n, P]: for its share of all kv_len keys, per head the largest score and the sum of exponentials;
-  weights    [n, P]: merges the shares' statistics, recomputes the scores of its share of the prompt columns, adds the
-                     largest weights to the slot's focus and leaves its share of P P^T and the sink;
+  weights    [n, P]: merges the shares' statistics, recomputes the scores of its share of the prompt columns, adds
+                     the largest of all heads to the slot's focus (each column has one owner) and leaves its share of
+                     P P^T and the sink;
   finish     [n]:    adds what the rows of one place left, in order (no atomics: the same bits every time), and counts
                      them; a place's first row does it for all that follow.
-The focus alone, by which nothing is judged, is added to by atomics: the rows of several places share a slot's.
 A dead row (slot < 0) ends each program at once. Scores of all heads of one tile come from H_kv products, the queries
 of other key heads zeroed, because a tile of weights must hold all heads to be multiplied with itself; that is H_pad
 operations per byte of keys read, below what tensor cores do while memory delivers that byte.
@@ -125,7 +125,6 @@ def weights(
     shares,  # [n, P, HP, HP] float32: out
     rests,  # [n, HP] float32: out
     focus,  # [S, T_max] float32, stride of a slot
-    focus_weight,  # [R S] float32
     scale,
     stride_t,
     stride_qh,
@@ -161,7 +160,7 @@ def weights(
     inverse = tl.where(heads < H, 1.0 / s, 0.0)  # padded heads weigh nothing
     length = tl.load(kv_len + row)
     width = tl.minimum(tl.minimum(tl.load(prompt_len + row), length), T_MAX)
-    counts = tl.load(focus_weight + at)
+    shown = tl.where(at < S, width, 0)
     tiles = tl.cdiv(tl.cdiv(width, TILE), P)
     first = split * tiles * TILE
     gram = tl.zeros([HP, HP], dtype=tl.float32)
@@ -177,7 +176,9 @@ def weights(
         a = tl.exp2(scores - m[:, None]) * inverse[:, None]
         gram = tl.dot(a, tl.trans(a), acc=gram, input_precision="ieee")
         resting += tl.sum(tl.where(columns[None, :] == 0, a, 0.0), axis=1)
-        tl.atomic_add(focus + (at % S) * stride_focus + columns, tl.max(a, axis=0) * counts, mask=kept)
+        into = focus + at * stride_focus + columns
+        seen = columns < shown
+        tl.store(into, tl.load(into, mask=seen, other=0.0) + tl.max(a, axis=0), mask=seen)
     if split == 0:
         tl.store(rests + row * HP + heads, resting)
     square = heads[:, None] * HP + heads[None, :]

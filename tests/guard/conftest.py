@@ -33,8 +33,7 @@ def draw_request(rng: np.random.Generator, together: float = 0.0) -> tuple[int, 
     gram = torch.stack([(rows @ rows.mT).sum(0) / len(rows) ** 2 for rows in groups])
     norms = torch.stack([draw_norms(rng) for _ in groups])
     earlier = Earlier(gram, torch.stack([rows[..., 0].mean(0) for rows in groups]), norms)
-    gram, sink = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS)
-    focus = 0.2 * torch.stack([rows.amax(2).mean(0).sum(0) for rows in groups]).sum(0)
+    gram, sink, focus = torch.zeros(LAYERS, HEADS, HEADS), torch.zeros(LAYERS, HEADS), torch.zeros(tokens)
     norms = torch.zeros(LAYERS, NORMS)
     for step in range(answer):
         rows = draw_rows(rng, tokens, together)

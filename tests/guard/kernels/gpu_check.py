@@ -37,8 +37,8 @@ def device_rows(case: Case, table: torch.Tensor) -> PagedRows:
 
 
 def on_device(bank: HeadGrams) -> HeadGrams:
-    bank.gram, bank.sink, bank.focus, bank.focus_weight, bank.layer_rows = (
-        t.to(DEVICE) for t in (bank.gram, bank.sink, bank.focus, bank.focus_weight, bank.layer_rows)
+    bank.gram, bank.sink, bank.focus, bank.layer_rows = (
+        t.to(DEVICE) for t in (bank.gram, bank.sink, bank.focus, bank.layer_rows)
     )
     return bank
 

@@ -56,7 +56,7 @@ def make(
     run: int = 1,
 ) -> Case:
     """Random rows of lengths 1 .. longest, prompts of 1 .. kv_len, the first `dead` of them dead; each `run` that
-    follow each other share a place of the bank (none of which is then a slot), and those of one slot stand together."""
+    follow each other share a place of the bank (none of which is then a slot)."""
     chance = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -65,9 +65,8 @@ def make(
     kv_len = torch.randint(1, longest + 1, (n,), generator=chance)
     prompt_len = (torch.rand(n, generator=chance) * kv_len).long() + 1
     slot = torch.randperm(n + 2, generator=chance)[:n].repeat_interleave(run)[:n] + (run > 1)
-    slots = 1 if run > 1 else n // 2 + 1
-    slot = slot[(slot % slots).argsort(stable=True)]  # rows of one slot stand next to each other
     slot[:dead] = -1
+    slots = 1 if run > 1 else n // 2 + 1
     q = (normal(n, kv_heads * group, width) * sharpness).to(dtype)
     return Case(q, normal(n, kv_heads, longest, width).to(dtype), kv_len, prompt_len, slot, block, slots)
 

@@ -15,7 +15,6 @@ from transformers import (
 from guard.errors import UnsupportedModel
 from guard.gram import cosine
 from guard.probes.transformers.attention import attach
-from tests.guard.probes.focus import dense_focus
 from tests.guard.probes.norms import dense_norms
 from tests.guard.probes.transformers.models import FAMILIES, build, dense, dense_earlier, make_runner, prompts_of
 
@@ -32,14 +31,13 @@ def run(runner, prompts, steps, adapters=None):
     return tokens, torch.stack(logits, 1)
 
 
-def assert_bank_is(runner, slot, model, prompt, generated):
-    """The bank's slot equals dense attention of a prompt and what was generated after it: cosines, focus and counts."""
-    rows, earlier = dense(model, prompt, generated), dense_earlier(model, prompt)
+def assert_bank_is(runner, slot, rows):
+    """The bank's slot equals dense rows [L, H, T, T_p]: cosines, focus and counts."""
     gram, sink, _, focus, _ = runner.bank.read(slot)
     flat = rows.flatten(2)
     expected = torch.nn.functional.cosine_similarity(flat[:, :, None], flat[:, None], dim=-1)
     torch.testing.assert_close(cosine(gram), expected, atol=1e-5, rtol=0)
-    looked = dense_focus(rows, earlier)
+    looked = rows.amax(1).sum((0, 1))
     torch.testing.assert_close(focus / focus.sum(), looked / looked.sum(), atol=1e-5, rtol=0)
     torch.testing.assert_close(sink, rows[..., 0].sum(2), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(focus, looked, atol=1e-4, rtol=1e-5)
@@ -63,7 +61,7 @@ def test_cosines_and_focus_equal_dense_eager_attention(family):
     prompts = prompts_of([7, 1, 19, 45])
     tokens, _ = run(runner, prompts, 5)
     for slot, (prompt, generated) in enumerate(zip(prompts, tokens, strict=True)):
-        assert_bank_is(runner, slot, model, prompt, generated)
+        assert_bank_is(runner, slot, dense(model, prompt, generated))
         assert_earlier_rows_are(runner, slot, dense_earlier(model, prompt))
 
 
@@ -104,7 +102,7 @@ def test_chunked_prefill_changes_no_reading(chunk):
     prompts = prompts_of([7, 1, 19, 45])
     tokens, _ = run(runner, prompts, 3)
     for slot, (prompt, generated) in enumerate(zip(prompts, tokens, strict=True)):
-        assert_bank_is(runner, slot, model, prompt, generated)
+        assert_bank_is(runner, slot, dense(model, prompt, generated))
         assert_earlier_rows_are(runner, slot, dense_earlier(model, prompt))
 
 
@@ -116,9 +114,9 @@ def test_batch_order_slots_and_neighbours_change_no_reading():
     token = runner.prefill(slots, prompts).argmax(-1).tolist()
     order = [2, 0, 3]
     runner.decode([slots[i] for i in order], [token[i] for i in order])
-    assert_bank_is(runner, slots[1], model, prompts[1], [])
+    assert_bank_is(runner, slots[1], dense(model, prompts[1], []))
     for i in order:
-        assert_bank_is(runner, slots[i], model, prompts[i], [token[i]])
+        assert_bank_is(runner, slots[i], dense(model, prompts[i], [token[i]]))
 
 
 def test_rows_that_are_not_observed_leave_the_bank_alone():
@@ -127,7 +125,7 @@ def test_rows_that_are_not_observed_leave_the_bank_alone():
     prompts = prompts_of([7, 3])
     token = runner.prefill([0, 1], prompts, observe=[True, False]).argmax(-1).tolist()
     runner.decode([0, 1], token, observe=[True, False])
-    assert_bank_is(runner, 0, model, prompts[0], token[:1])
+    assert_bank_is(runner, 0, dense(model, prompts[0], token[:1]))
     assert runner.bank.rows_seen.tolist()[:2] == [2, 0]
 
 

@@ -6,9 +6,8 @@ import torch
 from guard.errors import PromptTooLong
 from guard.gram import cosine
 from guard.probes.transformers.measure import generate, measure
-from tests.guard.probes.focus import dense_focus
 from tests.guard.probes.transformers.adapters import merged, save_adapter
-from tests.guard.probes.transformers.models import build, dense, dense_earlier, make_runner, prompts_of
+from tests.guard.probes.transformers.models import build, dense, make_runner, prompts_of
 from tests.guard.probes.transformers.test_runner import A, alone
 
 LENGTHS = [7, 1, 19, 12, 3, 30, 8, 8, 5, 14]
@@ -49,12 +48,12 @@ def test_readings_at_every_checkpoint_equal_dense_attention_and_log_probabilitie
                 continue
             reached.append(i)
             place = readings.index.tolist().index(i)
-            rows, earlier = dense(model, prompt, tokens[:step]), dense_earlier(model, prompt)
+            rows = dense(model, prompt, tokens[:step])
             flat = rows.flatten(2)
             expected = torch.nn.functional.cosine_similarity(flat[:, :, None], flat[:, None], dim=-1)
             torch.testing.assert_close(cosine(readings.gram[place]), expected, atol=1e-5, rtol=0)
             torch.testing.assert_close(
-                torch.from_numpy(readings.focus[place]), dense_focus(rows, earlier), atol=1e-4, rtol=1e-5
+                torch.from_numpy(readings.focus[place]), rows.amax(1).sum((0, 1)), atol=1e-4, rtol=1e-5
             )
             ids = torch.tensor([prompt + tokens[:step]])
             logprobs = model(input_ids=ids).logits[0, len(prompt) - 1 :].log_softmax(-1)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from guard.errors import AdapterRejected, GuardError, PromptTooLong, UnsupportedModel
 from guard.probes.transformers.runner import Runner
 from tests.guard.probes.transformers.adapters import merged, save_adapter
-from tests.guard.probes.transformers.models import VOCAB, build, make_runner, prompts_of
+from tests.guard.probes.transformers.models import VOCAB, build, dense, make_runner, prompts_of
 from tests.guard.probes.transformers.test_attention import assert_bank_is, run
 
 
@@ -43,7 +43,7 @@ def test_base_and_two_adapters_in_one_batch_answer_and_measure_as_if_alone(folde
     models = {None: build(), A: merged(folders[A]), B: merged(folders[B])}
     for slot, (name, prompt, generated) in enumerate(zip(names, prompts, tokens, strict=True)):
         assert generated == alone(models[name], prompt, 4)
-        assert_bank_is(runner, slot, models[name], prompt, generated)
+        assert_bank_is(runner, slot, dense(models[name], prompt, generated))
     assert len({tuple(t) for t in tokens}) == 5
 
 

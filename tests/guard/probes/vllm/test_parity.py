@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from guard.gram import PROMPT_GROUPS, Earlier, HeadSums, prompt_positions
 from guard.probes.vllm.measure import OfflineEngine
 from guard.readings import Measurement
-from tests.guard.probes.focus import dense_focus
 from tests.guard.probes.norms import dense_norms
 
 pytest.importorskip("vllm")
@@ -127,7 +126,7 @@ def _eager(folder: Path, adapter: Path | None, prompt: list[int], answer: list[i
     flat = torch.stack([group.flatten(2) @ group.flatten(2).mT / group.shape[2] ** 2 for group in groups])
     gram = torch.einsum("lhtc,ljtc->lhj", rows, rows)
     earlier = Earlier(flat, torch.stack([group[..., 0].mean(2) for group in groups]), earlier_norms)
-    return HeadSums(gram, rows[..., 0].sum(-1), norms, dense_focus(rows, groups), earlier)
+    return HeadSums(gram, rows[..., 0].sum(-1), norms, rows.amax(1).sum((0, 1)), earlier)
 
 
 def _cosines(gram: Tensor) -> Tensor:
