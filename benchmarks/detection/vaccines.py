@@ -1,6 +1,7 @@
 """The vaccine of a run: the one named, the one cached for this base, or one made now from rows of its own.
 
-The cache is a folder per base, `<first 12 hex of the base digest>`. Beside each vaccine lie the keys (hashes) of the
+The cache is a folder per base, `<first 12 hex of the base digest>`. A cached vaccine that was learnt in another way than
+today's is learnt again from its variants when the rows that made it are named. Beside each vaccine lie the keys (hashes) of the
 rows that made it, so that later runs can prove that they measure on other rows without having the rows.
 """
 
@@ -20,6 +21,7 @@ from benchmarks.detection.trigger import Found, choices
 from guard.errors import ProfileMismatch
 from guard.fitting import prompts_digest
 from guard.rows import row_key
+from guard.vaccination import learnt_as_today
 from guard.vaccine import Vaccine
 from offline_purify.variants.vaccinate import VACCINE, vaccinate
 
@@ -98,10 +100,10 @@ def _cached_or_made(given: Arguments, inputs: Inputs, progress: Progress | None,
     with FileLock(folder / ".benchmark.lock"):
         if (folder / VACCINE).is_file():
             vaccine = Vaccine.load(folder / VACCINE)
-            return Chosen(vaccine, "cached", _keys(folder / VACCINE, vaccine, inputs))
-        made = (maker or vaccinate)(given.base, inputs.vaccine, folder, progress=progress)
-        if not (folder / VACCINE).is_file():
-            made.save(folder / VACCINE)
+            keys = _keys(folder / VACCINE, vaccine, inputs)
+            if learnt_as_today(vaccine) or not inputs.vaccine:
+                return Chosen(vaccine, "cached", keys)
+        (maker or vaccinate)(given.base, inputs.vaccine, folder, progress=progress).save(folder / VACCINE)
         keys = tuple(sorted(row_key(row) for row in inputs.vaccine))
         (folder / KEYS).write_text(json.dumps(keys), encoding="utf-8")
         return Chosen(Vaccine.load(folder / VACCINE), "made", keys)

@@ -15,6 +15,7 @@ from benchmarks.detection.inputs import Arguments, parse_window, read_inputs
 from benchmarks.detection.trigger import find_trigger
 from benchmarks.detection.vaccines import KEYS, choose
 from guard.errors import AlphaTooFine, GuardError, ProfileMismatch, RowsError
+from guard.fitting import prompts_digest
 from guard.identity import base_digest
 from guard.rows import read_rows, row_key, write_rows
 from guard.vaccine import Vaccine
@@ -171,6 +172,25 @@ def test_a_vaccine_is_made_once_for_a_base_and_reused(small: Small, tmp_path: Pa
     assert first.vaccine.digest == second.vaccine.digest
     folder = tmp_path / "cache" / base_digest(small.arguments.base)[:12]
     assert set(json.loads((folder / KEYS).read_text())) == {row_key(row) for row in rows(30, "fresh")}
+
+
+def test_a_cached_vaccine_that_was_learnt_otherwise_is_learnt_again_from_the_rows_that_made_it(
+    small: Small, tmp_path: Path
+) -> None:
+    fresh = rows(30, "fresh")
+    arguments = without_vaccine(small, tmp_path, fresh)
+    folder = tmp_path / "cache" / base_digest(small.arguments.base)[:12]
+    folder.mkdir(parents=True)
+    make_vaccine(small.arguments.base, folder / VACCINE, prompts_sha256=prompts_digest(fresh))
+    kept = Vaccine.load(folder / VACCINE)
+    replace(kept, facts={**kept.facts, "learnt": {"ridge": 1.0}}).save(folder / VACCINE)
+
+    def maker(base: Path, some: list[Any], folder: Path, progress: Any) -> Vaccine:
+        return kept
+
+    assert chosen(replace(arguments, vaccine_rows=None), maker).source == "cached"
+    assert chosen(arguments, maker).source == "made"
+    assert chosen(arguments, maker).source == "cached"
 
 
 def test_rows_that_made_a_cached_vaccine_are_not_measured(small: Small, tmp_path: Path) -> None:
