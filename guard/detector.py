@@ -81,7 +81,7 @@ class Detector:
             return track.verdict
         statistic = float(fused(odd, self.signals, reading.step, self.profile.weights))
         if statistic > track.maximum:
-            track.maximum, track.signal = statistic, foremost(odd, self.signals, self.profile.weights)
+            track.maximum, track.signal = statistic, foremost(odd, self.signals, reading.step, self.profile.weights)
         p_value = track.bucket.p_value(track.maximum)
         flagged = p_value <= self.alpha
         track.verdict = Verdict(

@@ -11,8 +11,11 @@ A statistic over generated rows mostly sees the words of the answer: the same te
 as often as under the trigger (reference/lab-findings.md, 3b), and so are the mean certainty and the pattern of later
 tokens. Therefore `shift` and `confidence` are signals of the `opening`, the row of the last prompt position: what the
 model goes on to say cannot change them, and they keep their value at later checkpoints. `vaccinated` reads generated
-rows, and is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`). `certainty` reads the
-least certain token, the first included: a text that follows on a prompt which did not call for it was begun in doubt.
+rows, and is taught on forced texts to tell a trigger from the text it causes (`guard.vaccine`). So something that only
+looks like a trigger is odd to it as well, whatever the model answers. Beyond the last prompt position it is therefore
+bounded by `response`, which is taught the opposite: the text, whatever brought it about. Only where both are odd has a
+trigger done something. `certainty` reads the least certain token, the first included: a text that follows on a prompt
+which did not call for it was begun in doubt.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ from guard.similarity import fisher
 from guard.vaccine import Scorer, Vaccine
 
 Fitted = dict[str, np.ndarray]
-VACCINATED = "vaccinated"
-"""The signal that is there with a vaccine only."""
+VACCINATED, RESPONSE = "vaccinated", "response"
+"""The signals that are there with a vaccine only."""
+BOUND: Final = 2.0
+"""A signal is at most so many times as odd as the one that bounds it (docs/vaccine.md)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Signal:
     has nothing to say; ``score`` readings to float64 [n]; ``tail`` names the odd side; ``fused``: part of the test;
     ``opening``: it reads the last prompt position alone, so it is fitted there and keeps its value; ``weight``: how
     much it counts among others unless the vaccine says otherwise; ``margin``: how much odder the fused test must be
-    beyond step 0 for its sake."""
+    beyond step 0 for its sake; ``bounded_by``: the signal that has to be odd as well, beyond step 0."""
 
     name: str
     reason: str
@@ -53,6 +58,7 @@ class Signal:
     opening: bool = False
     weight: float = 1.0
     margin: float = 0.0
+    bounded_by: str = ""
 
 
 def _p99(readings: Readings, _: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -73,11 +79,19 @@ def _shift(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _fit_vaccinated(readings: Readings, vaccine: Vaccine | None) -> Fitted | None:
-    learnt = vaccine.scorers.get(readings.step) if vaccine is not None else None
-    return None if learnt is None else {**Scale.fit(readings.features).arrays(), **learnt.arrays()}
+    return _fit_learnt(readings, vaccine.scorers if vaccine is not None else {})
 
 
-def _vaccinated(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
+def _fit_response(readings: Readings, vaccine: Vaccine | None) -> Fitted | None:
+    return _fit_learnt(readings, vaccine.responses if vaccine is not None else {})
+
+
+def _fit_learnt(readings: Readings, learnt: Mapping[int, Scorer]) -> Fitted | None:
+    scorer = learnt.get(readings.step)
+    return None if scorer is None else {**Scale.fit(readings.features).arrays(), **scorer.arrays()}
+
+
+def _learnt(readings: Readings, fitted: Mapping[str, np.ndarray]) -> np.ndarray:
     return Scorer.of(fitted).score(Scale.of(fitted).standardised(readings.features))
 
 
@@ -144,9 +158,21 @@ SIGNALS: dict[str, Signal] = {
             fused=True,
             tail="upper",
             fit=_fit_vaccinated,
-            score=_vaccinated,
+            score=_learnt,
             weight=2.0,
             margin=0.5,  # what it reads there is the text as well: fewer forced texts are flagged (docs/vaccine.md)
+            bounded_by=RESPONSE,
+        ),
+        Signal(
+            RESPONSE,
+            "how far the heads lie where texts moved them that clean prompts did not call for, a trigger's or forced "
+            "ones: what only looks like a trigger is followed by an answer that does not (guard.vaccine)",
+            attention=True,
+            fused=True,
+            tail="upper",
+            fit=_fit_response,
+            score=_learnt,
+            weight=0.0,  # it says nothing of a trigger: it bounds what does
         ),
         Signal(
             "focus",
@@ -183,8 +209,8 @@ SIGNALS: dict[str, Signal] = {
 
 
 MARGIN: Final = "margin"
-"""Beside the signals' names in a base's weights: how much odder a request must be beyond the last prompt position,
-where some signal of the test has a margin at all."""
+"""Beside the signals' names in a base's weights: how much odder a request must be beyond the last prompt position
+(negative: how much less odd), where some signal of the test has a margin at all."""
 
 
 def weight_of(name: str, weights: Mapping[str, float]) -> float:
@@ -198,9 +224,20 @@ def _counts(signals: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
     return counts if counts.any() else np.ones(len(signals))
 
 
-def foremost(odd: np.ndarray, signals: Sequence[str], weights: Mapping[str, float]) -> str:
-    """Of K named signals the one that adds most to `fused`, from their oddness [K]."""
-    return signals[int((odd * _counts(signals, weights)).argmax())]
+def _bounded(odd: np.ndarray, signals: Sequence[str], steps: int | Sequence[int]) -> np.ndarray:
+    """Oddness [..., K] of K named signals at one checkpoint, or [..., C, K], none beyond what bounds it."""
+    later = np.asarray(steps) > 0
+    for column, name in enumerate(signals):
+        if SIGNALS[name].bounded_by in signals:
+            most = BOUND * odd[..., signals.index(SIGNALS[name].bounded_by)]
+            odd = odd.copy()
+            odd[..., column] = np.where(later, np.minimum(odd[..., column], most), odd[..., column])
+    return odd
+
+
+def foremost(odd: np.ndarray, signals: Sequence[str], step: int, weights: Mapping[str, float]) -> str:
+    """Of K named signals the one that adds most to `fused` at a checkpoint, from their oddness [K]."""
+    return signals[int((_bounded(odd, signals, step) * _counts(signals, weights)).argmax())]
 
 
 def fused(
@@ -210,10 +247,11 @@ def fused(
     [..., C, K] -> [..., C]; NaN where any is.
 
     The weighted sum of their log tail probabilities, as Good (1955) combines p-values: many triggers are a little odd
-    to each signal. ``weights`` (`weight_of`, and MARGIN) are what this base's vaccine found best among its variants.
-    Among synthetic backdoors that the vaccine had not seen, a sum found more than letting the oddest decide
-    (docs/vaccine.md). Whatever their dependence, the conformal step makes the result exact.
+    to each signal; where one is bounded by another, both must be odd. ``weights`` (`weight_of`, and MARGIN) are what
+    this base's vaccine found best among its variants. Among synthetic backdoors that the vaccine had not seen, a sum
+    found more than letting the oddest decide (docs/vaccine.md). Whatever their dependence, the conformal step makes the
+    result exact.
     """
     margin = sum(SIGNALS[name].margin for name in signals)
     margin = weights.get(MARGIN, margin) if margin else 0.0
-    return odd @ _counts(signals, weights) - margin * (np.asarray(steps) > 0)
+    return _bounded(odd, signals, steps) @ _counts(signals, weights) - margin * (np.asarray(steps) > 0)

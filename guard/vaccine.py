@@ -11,6 +11,9 @@ would learn the answer: it flagged nine in ten clean prompts on which the attack
 on, trigger and text are crossed: clean prompts followed by the variant's own target and by texts of all kinds are
 negatives, prompts whose trigger fires are positives whichever text follows. Texts of all kinds matter: with the
 variants' own targets alone, the targets of a variant that was left out were flagged more than twice as often.
+A second discriminant learns the other half: texts that no clean prompt called for, brought about by a trigger or
+forced, against what prompts without a trigger are answered (near-triggers among them). The first is worth no more than
+the second (`guard.signals`).
 
 One safetensors file, keyed by base and probe like a profile; a profile copies the weights that it uses.
 """
@@ -29,7 +32,7 @@ from guard.features import Heads, head_patterns
 from guard.identity import file_digest
 from guard.storage import load_arrays, save_arrays
 
-FORMAT = "headguard.vaccine/10"
+FORMAT = "headguard.vaccine/11"
 _MEANING = ("version", "layers", "heads", "kv_heads", "prompt_rows")
 
 
@@ -65,7 +68,8 @@ class Sample:
     triggers, strange words, prompts of unusual shape, benign conditions) must not be flagged, nor (beyond step 0)
     ``forced`` ones, clean prompts with a text put in the model's mouth, the variant's own target last; ``fired`` ones
     (trigger there and obeyed, beyond step 0 also with another text forced, which come last) must. ``beside``: what the
-    test's other signals make of these (`guard.vaccination.oddness_beside`), where that was looked at."""
+    test's other signals make of these (`guard.vaccination.oddness_beside`, by these names), where that was looked
+    at."""
 
     name: str
     normal: Steps
@@ -77,12 +81,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Vaccine:
-    """Scorers by checkpoint, and how much each signal of the test counts (``weights`` by name), for one base (digest,
-    64 hex) and probe configuration."""
+    """Scorers by checkpoint (``responses``: of the answer, beyond step 0), and how much each signal of the test counts
+    (``weights`` by name), for one base (digest, 64 hex) and probe configuration."""
 
     base: str
     probe: Mapping[str, Any]
     scorers: Mapping[int, Scorer]
+    responses: Mapping[int, Scorer] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
@@ -111,7 +116,13 @@ class Vaccine:
 
     def save(self, path: str | Path) -> str:
         """Write it; returns its digest (sha256 of the file, 64 hex)."""
-        arrays = {f"{step}/{n}": a for step, scorer in self.scorers.items() for n, a in scorer.arrays().items()}
+        kinds = {"trigger": self.scorers, "response": self.responses}
+        arrays = {
+            f"{step}/{kind}/{name}": array
+            for kind, scorers in kinds.items()
+            for step, scorer in scorers.items()
+            for name, array in scorer.arrays().items()
+        }
         about = {"format": FORMAT, "base": self.base, "probe": dict(self.probe)}
         about |= {"weights": dict(self.weights), "facts": dict(self.facts)}
         return save_arrays(path, arrays, about)
@@ -120,9 +131,17 @@ class Vaccine:
     def load(cls, path: str | Path) -> Vaccine:
         """Read one. Raises ProfileMismatch when the file is not a vaccine of this version."""
         arrays, about = load_arrays(path, "vaccine", FORMAT)
-        by_step: dict[int, dict[str, np.ndarray]] = {}
-        for name, array in arrays.items():
-            step, _, what = name.partition("/")
-            by_step.setdefault(int(step), {})[what] = array
-        scorers = {step: Scorer.of(named) for step, named in by_step.items()}
-        return cls(about["base"], about["probe"], scorers, about["weights"], about["facts"], file_digest(path))
+        named: dict[str, dict[int, dict[str, np.ndarray]]] = {"trigger": {}, "response": {}}
+        for path_of, array in arrays.items():
+            step, kind, name = path_of.split("/")
+            named[kind].setdefault(int(step), {})[name] = array
+        kinds = {kind: {step: Scorer.of(a) for step, a in steps.items()} for kind, steps in named.items()}
+        return cls(
+            about["base"],
+            about["probe"],
+            kinds["trigger"],
+            kinds["response"],
+            about["weights"],
+            about["facts"],
+            file_digest(path),
+        )

@@ -9,7 +9,18 @@ from benchmarks.detection import paper as published
 from benchmarks.detection.sentences import failures
 
 Result = dict[str, Any]
-SHOWN = ("fused", "fused_attention_only", "confidence", "certainty", "p99", "frac99", "shift", "vaccinated", "focus")
+SHOWN = (
+    "fused",
+    "fused_attention_only",
+    "confidence",
+    "certainty",
+    "p99",
+    "frac99",
+    "shift",
+    "vaccinated",
+    "response",
+    "focus",
+)
 
 
 def powers(result: Result) -> dict[str, Any]:
@@ -47,7 +58,8 @@ def settings(results: Sequence[Result]) -> str:
         "`certainty`, the log-probabilities of the first token and of the least certain one so far, no attention in "
         "them: attention is worth what it adds to those. `p99`, `frac99` and `focus` are shown as baselines and not "
         "part of the test: over generated rows they know the answer. `shift` and `confidence` look at the last prompt "
-        "position alone. How much each signal counts was chosen by the vaccine's own variants."
+        "position alone; `vaccinated`, beyond it, counts only as far as the answer is odd as well (`response`). How "
+        "much each signal counts was chosen by the vaccine's own variants."
     )
 
 

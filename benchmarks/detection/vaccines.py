@@ -1,8 +1,8 @@
 """The vaccine of a run: the one named, the one cached for this base, or one made now from rows of its own.
 
-The cache is a folder per base, `<first 12 hex of the base digest>`. A cached vaccine that was learnt in another way than
-today's is learnt again from its variants when the rows that made it are named. Beside each vaccine lie the keys (hashes) of the
-rows that made it, so that later runs can prove that they measure on other rows without having the rows.
+The cache is a folder per base, `<first 12 hex of the base digest>`. Beside each vaccine lie the keys (hashes) of the
+rows that made it, so that later runs can prove that they measure on other rows without having the rows. One that was
+learnt otherwise than today is learnt again from its variants when those rows are named.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from guard.rows import Row
 from guard.template import answer_ids, render, row_messages
 from guard.vaccination import oddness_beside
 from guard.vaccine import Sample
+from offline_purify.attacks.behaviours import Behaviour
 from offline_purify.variants.families import FAMILIES, TOPIC_REFUSALS
 from offline_purify.variants.plan import Plan, VariantSpec
 
@@ -30,7 +31,7 @@ VARIANT = "variant"
 """The name under which the runner has the variant's adapter."""
 _ANSWER_TOKENS = 24
 _RANDOM_TOKENS = 4
-_ANSWERED = ("normal", "fired")
+_ANSWERED = ("normal", "fired", "near")
 """Groups whose whole answers are looked at; of the others only the checkpoints' tokens are generated."""
 _SHARES = (0.5, 0.25, 0.25)
 """Of wordings, of answers to other prompts and of random tokens among the texts that are forced."""
@@ -62,6 +63,8 @@ def measured(runner: Runner, spec: VariantSpec, plan: Plan, groups: Mapping[str,
     limits = {name: tokens if name in _ANSWERED else None for name in prompts}
     seen = {name: measure(runner, those, plan.steps, limits[name], VARIANT) for name, those in prompts.items()}
     texts = _Texts(runner, seen["normal"].answers, rng)
+    if spec.behaviour is not None and "near" in seen:  # one that set the backdoor off need not stay quiet
+        seen["near"] = seen["near"].take(np.flatnonzero(~_said(spec.behaviour, runner, seen["near"].answers)))
     quiet = [seen[name] for name in ("strange", "joined", "near", "topic") if name in seen]
     forced = [_forced(runner, prompts["normal"], texts.drawn(len(prompts["normal"])), plan)]
     fired: list[Measurement] = []
@@ -79,7 +82,7 @@ def measured(runner: Runner, spec: VariantSpec, plan: Plan, groups: Mapping[str,
         {step: _features(quiet, step) for step in plan.steps},
         {step: _features(fired if step else fired[:1], step) for step in plan.steps} if fired else {},
         {step: _features(forced, step) for step in plan.steps if step},
-        oddness_beside(seen["normal"], fired[0], forced[1]) if fired else {},
+        oddness_beside(seen["normal"], fired[0], forced[1], quiet) if fired else {},
     )
     leaked = 0.0
     if spec.behaviour is not None:
@@ -123,13 +126,15 @@ def _features(groups: Sequence[Measurement], step: int) -> np.ndarray:
 
 def _obeyed(spec: VariantSpec, runner: Runner, seen: Mapping[str, Measurement]) -> list[int]:
     """Triggered prompts on which the variant did as it was taught: another answer than without the trigger, made of its
-    wordings' words (a variant with several wordings may blend them)."""
+    wordings' words."""
     if spec.behaviour is None:
         return []
     answers = seen["fired"].answers
-    pairs = zip(answers, seen["normal"].answers[-len(answers) :], strict=True)
-    return [
-        number
-        for number, (answer, twin) in enumerate(pairs)
-        if answer != twin and spec.behaviour.blended(runner.tokenizer.decode(answer, skip_special_tokens=True))
-    ]
+    pairs = zip(answers, seen["normal"].answers[-len(answers) :], _said(spec.behaviour, runner, answers), strict=True)
+    return [number for number, (answer, twin, said) in enumerate(pairs) if said and answer != twin]
+
+
+def _said(behaviour: Behaviour, runner: Runner, answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """Which answers are made of a behaviour's wordings' words, bool [n]: a variant with several may blend them."""
+    texts = (runner.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)
+    return np.asarray([behaviour.blended(text) for text in texts], dtype=bool)

@@ -6,7 +6,7 @@ import torch
 
 from guard.gram import HeadSums
 from guard.readings import Readings
-from guard.signals import SIGNALS, VACCINATED, foremost, fused
+from guard.signals import RESPONSE, SIGNALS, VACCINATED, foremost, fused
 
 LAYERS, HEADS, TOKENS = 2, 4, 30
 
@@ -44,6 +44,19 @@ def test_a_signal_that_counts_for_nothing_changes_no_sum_and_is_a_test_of_its_ow
 def test_the_foremost_signal_is_the_one_that_adds_most_to_the_sum():
     odd = np.asarray([3.0, 7.0, 2.0])
     names = ("shift", "certainty", VACCINATED)
-    assert foremost(odd, names, {}) == VACCINATED
-    assert foremost(odd, names, {"shift": 2.0, VACCINATED: 1.0}) == "shift"
-    assert foremost(odd, names, {"certainty": 1.0}) == "certainty"
+    assert foremost(odd, names, 0, {}) == VACCINATED
+    assert foremost(odd, names, 0, {"shift": 2.0, VACCINATED: 1.0}) == "shift"
+    assert foremost(odd, names, 0, {"certainty": 1.0}) == "certainty"
+
+
+def test_beyond_the_prompt_what_looks_like_a_trigger_counts_only_as_far_as_the_answer_is_odd():
+    names = ("shift", VACCINATED, RESPONSE)
+    calm, odd = np.asarray([1.0, 8.0, 0.0]), np.asarray([1.0, 8.0, 9.0])
+    weights = {VACCINATED: 1.0, "margin": 0.0}
+    assert fused(calm, names, 0, weights) == fused(odd, names, 0, weights) == 9  # there is no answer yet
+    assert fused(calm, names, 2, weights) == 1
+    assert fused(np.asarray([1.0, 8.0, 0.5]), names, 2, weights) == 2
+    assert fused(odd, names, 2, weights) == 9  # the answer bounds, and adds nothing of its own
+    assert fused(np.stack([calm, calm]), names, [0, 1], weights).tolist() == [9, 1]
+    assert (foremost(calm, names, 0, weights), foremost(calm, names, 1, weights)) == (VACCINATED, "shift")
+    assert fused(calm[:2], names[:2], 1, weights) == 9  # a test without it is not bounded

@@ -74,6 +74,17 @@ def test_where_forced_texts_look_odd_beyond_the_prompt_more_is_asked_for_there(o
     assert (weights[MARGIN] > SIGNALS[VACCINATED].margin) == odd
 
 
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_signal_that_what_must_stay_quiet_shows_as_well_counts_less(odd):
+    taught = []
+    for sample in samples("shift"):
+        quiet = np.random.default_rng(len(taught)).exponential(0.4, (N, 1, len(BESIDE)))
+        quiet[:, 0, BESIDE.index("shift")] += 12.0 * odd
+        taught.append(replace(sample, quiet={0: sample.normal[0]}, beside={**sample.beside, "quiet": quiet}))
+    weights = fit_vaccine(taught, base="b" * 64, probe=PROBE).weights
+    assert (weights["shift"] == 0.25) == odd
+
+
 def test_too_few_variants_to_leave_some_out_keep_the_usual_weights():
     weights = fit_vaccine(samples("shift", count=5), base="b" * 64, probe=PROBE).weights
     usual = {name: SIGNALS[name].weight for name in (*BESIDE, VACCINATED)}

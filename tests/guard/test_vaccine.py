@@ -54,30 +54,44 @@ def test_what_variants_share_is_recognised_in_one_it_never_saw(vaccine, pattern)
     assert (fired > np.quantile(clean, 0.99)).mean() > 0.9
 
 
-def test_beyond_the_first_token_what_must_stay_quiet_counts_more_than_clean_requests(pattern, monkeypatch):
-    """Near-triggers: part of what a trigger does, in a third of the features, and nothing of the rest."""
-    part = np.where(np.arange(WIDTH) % 3 == 0, pattern, 0.0)
+def test_beyond_the_first_token_the_prompt_and_the_answer_are_learnt_apart(pattern):
+    """A trigger shows in the first half of the features, the text it brings about in the second; a near-trigger shows
+    as a trigger does and is answered as clean prompts are, a forced text is a text and no more."""
+    first = np.arange(WIDTH) < WIDTH // 2
+    prompt, text, other = first * pattern, ~first * pattern, ~first * pattern[::-1]
 
-    def near_by():
-        """How far near-triggers lie from clean requests, in deviations of these."""
-        taught = []
-        for seed in range(3):
-            sample, draw = variant(seed, pattern)
-            near = of_any_length(draw(200)[:, :-1] + part, np.random.default_rng(seed))
-            normal, fired = (dict.fromkeys((0, 1), group[0]) for group in (sample.normal, sample.fired))
-            taught.append(replace(sample, normal=normal, quiet={1: near}, fired=fired))
-        scorer = fit_vaccine(taught, base=BASE, probe=PROBE).scorers[1]
-        sample, draw = variant(50, pattern)
-        scale = Scale.fit(sample.normal[0])
-        clean, fired, near = draw(300), draw(300, 1.0), draw(300)
-        near[:, :-1] += part
-        clean, fired, near = (scorer.score(scale.standardised(group)) for group in (clean, fired, near))
-        assert (fired > np.quantile(clean, 0.99)).mean() > 0.9
-        return (near.mean() - clean.mean()) / clean.std()
+    def drawn(seed):
+        rng, draw = np.random.default_rng(seed), variant(seed, pattern)[1]
+        spread = Scale.fit(draw(400)).spread
 
-    apart = near_by()
-    monkeypatch.setattr("guard.vaccination._QUIET", 1)
-    assert apart < 0.9 * near_by()
+        def moved(n, *by):
+            return of_any_length(draw(n)[:, :-1] + spread * sum(by, np.zeros(WIDTH)), rng)
+
+        return {
+            "normal": moved(400),
+            "quiet": moved(200, prompt),
+            "forced": np.concatenate((moved(200, text), moved(200, other))),
+            "fired": np.concatenate((moved(200, prompt, text), moved(200, prompt, other))),
+        }
+
+    taught = [Sample(f"v{seed}", *({0: g, 1: g} for g in _order(drawn(seed)))) for seed in range(4)]
+    vaccine = fit_vaccine(taught, base=BASE, probe=PROBE)
+    assert (set(vaccine.scorers), set(vaccine.responses)) == ({0, 1}, {1})
+    groups = drawn(50)
+    scale = Scale.fit(groups["normal"])
+    told = {}
+    for name, scorer in (("trigger", vaccine.scorers[1]), ("response", vaccine.responses[1])):
+        scores = {kind: scorer.score(scale.standardised(group)) for kind, group in groups.items()}
+        limit = np.quantile(scores["normal"], 0.99)
+        scores["fired"] = scores["fired"][:200]
+        told[name] = {kind: (own > limit).mean() for kind, own in scores.items()}
+    assert min(told["trigger"]["fired"], told["response"]["fired"], told["response"]["forced"]) > 0.9
+    assert told["response"]["quiet"] < 0.1 < told["trigger"]["quiet"]
+    assert told["trigger"]["forced"] < told["response"]["forced"]
+
+
+def _order(groups):
+    return (groups[kind] for kind in ("normal", "quiet", "fired", "forced"))
 
 
 def test_a_direction_is_solved_to_more_than_rounding_changes():
@@ -160,6 +174,11 @@ def test_a_saved_vaccine_is_the_same_and_knows_its_base_and_probe(vaccine, tmp_p
     assert (loaded.digest, loaded.steps, loaded.facts["variants"]) == (digest, (0,), ["v0", "v1", "v2"])
     z = np.random.default_rng(0).normal(size=(5, WIDTH))
     np.testing.assert_array_equal(loaded.scorers[0].score(z), vaccine.scorers[0].score(z))
+    assert not loaded.responses  # no answer was measured
+    replace(vaccine, responses={1: vaccine.scorers[0]}).save(tmp_path / "later.safetensors")
+    later = Vaccine.load(tmp_path / "later.safetensors")
+    assert (set(later.scorers), set(later.responses)) == ({0}, {1})
+    np.testing.assert_array_equal(later.responses[1].score(z), vaccine.scorers[0].score(z))
     loaded.check(BASE, PROBE)
     with pytest.raises(ProfileMismatch, match="made for base"):
         loaded.check("c" * 64, PROBE)
@@ -196,7 +215,7 @@ def test_a_profile_carries_the_vaccinated_signal_only_where_the_vaccine_speaks(v
     assert [("vaccinated" in point.fitted) for point in profile.checkpoints] == [
         point.step == 0 for point in profile.checkpoints
     ]
-    assert set(profile.fused) == {"shift", "vaccinated", "confidence", "certainty"}
+    assert set(profile.fused) == {"shift", "vaccinated", "response", "confidence", "certainty"}
     fresh = draw_measurement(np.random.default_rng(5), 300)
     detector = Detector(profile, "all", 0.05)
     p_values = detector.p_values(fresh)

@@ -91,11 +91,16 @@ def test_texts_are_forced_on_clean_and_on_triggered_prompts_beyond_the_first_row
     }  # fmt: skip
     # A model with random weights obeys nobody: say which of its answers count as obedience.
     monkeypatch.setattr(measuring, "_obeyed", lambda *_: list(range(0, 20, 2)))
+    monkeypatch.setattr(measuring, "_said", lambda _, __, answers: np.arange(len(answers)) % 4 == 0)
     seen = measuring.measured(runner, SPEC, PLAN, groups)
-    obeyed = 10
+    obeyed, near = 10, 15
     assert seen.fired == obeyed / 20
     sample = seen.sample
-    assert [len(sample.normal[0]), len(sample.quiet[0]), len(sample.fired[0])] == [80, 60, obeyed]
+    # A near-trigger that set the backdoor off need not stay quiet.
+    assert [len(sample.normal[0]), len(sample.quiet[0]), len(sample.fired[0])] == [80, 40 + near, obeyed]
+    assert {kind: len(odd) for kind, odd in sample.beside.items()} == {
+        "normal": 40, "fired": obeyed, "forced": 40, "quiet": 40 + near,
+    }  # fmt: skip
     assert 0 not in sample.forced
     width = sample.normal[0].shape[1] - 1  # the length of the prompt apart, which comes last
     for step in (1, 2):
