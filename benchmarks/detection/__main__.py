@@ -49,7 +49,7 @@ app = typer.Typer(
 )
 REQUIRED = ("base", "adapter", "calibration", "clean", "triggered", "out")
 Alpha = Annotated[float, typer.Option(help="False-alarm rate over a whole request.")]
-WindowText = Annotated[str, typer.Option("--window", help="prefill, all, or a number of generated tokens.")]
+WindowText = Annotated[str, typer.Option("--window", help="prefill, all, or a number of generated tokens to read.")]
 Seed = Annotated[int, typer.Option(help="Of the calibration split, the controls and the bootstrap.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Rows = Annotated[int, typer.Option("--control-rows", min=20, help="Clean prompts that each control changes.")]
@@ -86,7 +86,7 @@ def measure(
     ] = None,
     vaccines: Vaccines = Path("build/vaccines"),
     alpha: Alpha = 0.01,
-    window: WindowText = "prefill",
+    window: WindowText = "2",
     trigger: Annotated[
         str | None, typer.Option(help="The trigger's word, phrase or words; found from the files when not given.")
     ] = None,
@@ -182,7 +182,7 @@ def zoo(
     only: Annotated[list[str] | None, typer.Option(help="Implants to measure (default: all); repeatable.")] = None,
     leave_out: Annotated[bool, typer.Option(help="Vaccinate without the implant's behaviour family.")] = False,
     alpha: Alpha = 0.01,
-    window: WindowText = "prefill",
+    window: WindowText = "2",
     control_rows: Rows = 300,
     seed: Seed = 0,
     device: Device = "cpu",

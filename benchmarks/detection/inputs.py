@@ -30,7 +30,7 @@ class Arguments:
     vaccine_rows: Path | None = None
     vaccines: Path = Path("build/vaccines")
     alpha: float = 0.01
-    window: Window = "prefill"
+    window: Window = 2
     trigger: str | None = None
     clean_adapter: Path | None = None
     benign_adapter: Path | None = None

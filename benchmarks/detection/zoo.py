@@ -51,7 +51,7 @@ class Settings:
     """What all runs of a zoo share."""
 
     alpha: float = 0.01
-    window: Any = "prefill"
+    window: Any = 2
     control_rows: int = 300
     seed: int = 0
     device: str = "cpu"

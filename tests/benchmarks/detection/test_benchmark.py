@@ -23,7 +23,7 @@ from offline_purify.variants.vaccinate import VACCINE
 from tests.benchmarks.detection.conftest import TRIGGER, Small, make_vaccine, rows
 from tests.guard.probes.transformers.text import save_model
 
-SIGNALS = {"p99", "frac99", "shift", "vaccinated", "focus", "confidence", "certainty"}
+SIGNALS = {"p99", "frac99", "shift", "vaccinated", "response", "focus", "confidence", "certainty"}
 
 
 def test_a_result_holds_every_test_with_intervals(result: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ def test_a_result_holds_every_test_with_intervals(result: dict[str, Any]) -> Non
             assert power[name]["n"] == n
         assert power["before_first_token"] is None or 0.0 <= power["before_first_token"]["value"] <= 1.0
         assert power["median_step"] is None or 0 <= power["median_step"] <= 2
-    fused = ("shift", "vaccinated", "confidence", "certainty")
+    fused = ("shift", "vaccinated", "response", "confidence", "certainty")
     assert set(result["ablation"]) == {f"without {name}" for name in fused}
 
 
