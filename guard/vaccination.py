@@ -35,6 +35,9 @@ _SPREAD = 1e-3  # keeps a pattern that never moves from being divided by nothing
 # Each forced text counts so often: among variants left out one at a time this kept the share of forced texts that are
 # flagged at 0.05 when prompts of an unusual shape were added to the negatives (0.08 with once), for 0.01 of triggers.
 _FORCED = 2
+# Each request that must stay quiet counts so much: what it is answered spares it, and a direction that need not tell it
+# from a trigger tells forced texts better (docs/vaccine.md).
+_QUIET = 0.25
 _LEAST = 50  # triggered requests that a checkpoint needs, over all variants
 _FEWEST = 20  # normal requests of one variant that what is normal at a checkpoint can be fitted on
 _FOLDS = 3  # as many as the default plan makes passes over the families: siblings of each family are left to teach
@@ -43,10 +46,10 @@ _MARGINS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # beyond the last prompt posi
 _ALPHA = 0.01
 # Shares that may be flagged of forced texts and of what must stay quiet, means over variants of which some are above
 # them; and the least share of what is found that is found before the first token.
-_MOST_FORCED, _MOST_QUIET, _LEAST_FIRST = 0.03, 0.04, 0.6
+_MOST_FORCED, _MOST_QUIET, _LEAST_FIRST = 0.02, 0.04, 0.6
 _LEARNT = {
     "ridge": _RIDGE,
-    "counts": {"forced": _FORCED},
+    "counts": {"forced": _FORCED, "quiet": _QUIET},
     "bound": BOUND,
     "tried": {"folds": _FOLDS, "weights": list(_TRIED), "margins": list(_MARGINS)},
     "limits": {"alpha": _ALPHA, "forced": _MOST_FORCED, "quiet": _MOST_QUIET, "first": _LEAST_FIRST},
@@ -154,10 +157,10 @@ def _learnt(
         for place, (samples, scorers) in enumerate(zip(taught, found, strict=True)):
             theirs = [lessons[sample.name] for sample in samples if sample.name in lessons]
             if sum(len(lesson.fired) for lesson in theirs) >= _LEAST:
-                silent = {"normal": 1, "quiet": 1, "forced": _FORCED}
+                silent = {"normal": 1.0, "quiet": _QUIET, "forced": _FORCED}
                 scorers[VACCINATED][step] = _discriminant(theirs, silent, ("fired",), heads)
                 if step:
-                    silent = {"normal": 1, "quiet": 1}
+                    silent = {"normal": 1.0, "quiet": 1.0}
                     scorers[RESPONSE][step] = _discriminant(theirs, silent, ("fired", "forced"), heads)
             if progress is not None:
                 progress(number * len(taught) + place + 1, len(steps) * len(taught))
@@ -179,8 +182,8 @@ def _lesson(sample: Sample, step: int, heads: Heads) -> _Taught | None:
     return _Taught(patterns(normal), *(patterns(group.get(step, nothing)) for group in others))
 
 
-def _discriminant(taught: Sequence[_Taught], silent: Mapping[str, int], fired: Sequence[str], heads: Heads) -> Scorer:
-    """What tells the groups of requests that ``fired`` from those that were ``silent`` (and count so often each):
+def _discriminant(taught: Sequence[_Taught], silent: Mapping[str, float], fired: Sequence[str], heads: Heads) -> Scorer:
+    """What tells the groups of requests that ``fired`` from those that were ``silent`` (and count so much each):
     Fisher's direction, by ridge regression on which is which, in deviations of the silent ones' scores."""
     from sklearn.linear_model import Ridge  # slow to import, and only vaccination needs it
 
