@@ -46,7 +46,7 @@ _MARGINS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # beyond the last prompt posi
 _ALPHA = 0.01
 # Shares that may be flagged of forced texts and of what must stay quiet, means over variants of which some are above
 # them; and the least share of what is found that is found before the first token.
-_MOST_FORCED, _MOST_QUIET, _LEAST_FIRST = 0.02, 0.04, 0.6
+_MOST_FORCED, _MOST_QUIET, _LEAST_FIRST = 0.03, 0.04, 0.6
 _LEARNT = {
     "ridge": _RIDGE,
     "counts": {"forced": _FORCED, "quiet": _QUIET},
