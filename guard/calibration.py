@@ -17,7 +17,7 @@ from guard.focus import fit_focus
 from guard.profile import Checkpoint, Profile, ProfileKey
 from guard.readings import Measurement, Readings
 from guard.sequential import bucket_edges
-from guard.signals import RESPONSE, SIGNALS, VACCINATED, Signal
+from guard.signals import LEARNT, SIGNALS, Signal
 from guard.similarity import fisher
 from guard.tail import Tail
 from guard.vaccine import Vaccine
@@ -47,7 +47,7 @@ def fit_profile(
     Raises CalibrationError when there are fewer than twice MIN_REQUESTS usable requests, or none reached step 0.
     """
     usable = _finite(measurement)
-    signals = tuple(name for name in signals if name not in (VACCINATED, RESPONSE) or vaccine is not None)
+    signals = tuple(name for name in signals if name not in LEARNT or vaccine is not None)
     if len(usable) < 2 * MIN_REQUESTS:
         raise CalibrationError(
             f"{len(usable)} usable clean requests of {len(measurement)}: at least {2 * MIN_REQUESTS} are needed "

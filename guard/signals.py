@@ -34,7 +34,7 @@ from guard.similarity import fisher
 from guard.vaccine import Scorer, Vaccine
 
 Fitted = dict[str, np.ndarray]
-VACCINATED, RESPONSE = "vaccinated", "response"
+LEARNT = VACCINATED, RESPONSE = "vaccinated", "response"
 """The signals that are there with a vaccine only."""
 BOUND: Final = 2.0
 """A signal is at most so many times as odd as the one that bounds it (docs/vaccine.md)."""

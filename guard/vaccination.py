@@ -20,12 +20,11 @@ from guard.errors import CalibrationError
 from guard.features import Heads, Scale, head_patterns
 from guard.profile import Checkpoint
 from guard.readings import Measurement
-from guard.signals import BOUND, MARGIN, RESPONSE, SIGNALS, VACCINATED, fused
+from guard.signals import BOUND, LEARNT, MARGIN, RESPONSE, SIGNALS, VACCINATED, fused
 from guard.tail import Tail
 from guard.vaccine import Sample, Scorer, Vaccine
 
-_LEARNT_SIGNALS = (VACCINATED, RESPONSE)
-BESIDE: tuple[str, ...] = tuple(name for name, s in SIGNALS.items() if s.fused and name not in _LEARNT_SIGNALS)
+BESIDE: tuple[str, ...] = tuple(name for name, s in SIGNALS.items() if s.fused and name not in LEARNT)
 """The signals that the test has beside the vaccine's."""
 
 _RIDGE = 0.3  # added to the variance of each pattern, which is about 1 (docs/vaccine.md)
@@ -210,7 +209,7 @@ def _weights(folds: Sequence[Sequence[Sample]], learnt: Sequence[Learnt]) -> dic
         return usual
     steps = sorted(folds[0][0].normal)
     odd_of = [_oddness(sample, found) for fold, found in zip(folds, learnt, strict=True) for sample in fold]
-    columns = (*BESIDE, *_LEARNT_SIGNALS)
+    columns = (*BESIDE, *LEARNT)
     every = {kind: np.concatenate([odd[kind] for odd in odd_of]) for kind in odd_of[0]}
 
     def found(weights: Mapping[str, float]) -> float:
@@ -249,14 +248,17 @@ def _oddness(sample: Sample, learnt: Learnt) -> dict[str, np.ndarray]:
         features["forced"] = sample.forced[step][-count["forced"] :] if step and count["forced"] else normal[second:]
         if "quiet" in count:
             features["quiet"] = sample.quiet[step][: count["quiet"]]
-        column = {kind: np.where(mask[:, None], np.zeros(len(_LEARNT_SIGNALS)), np.nan) for kind, mask in there.items()}
-        for number, name in enumerate(_LEARNT_SIGNALS):
-            if step in learnt[name] and count["normal"]:
-                scale, scorer = Scale.fit(normal[:second]), learnt[name][step]
-                tail = Tail(np.sort(scorer.score(scale.standardised(normal[:second]))), SIGNALS[name].tail)
-                for kind, mask in there.items():
-                    if count[kind]:
-                        column[kind][mask, number] = tail.oddness(scorer.score(scale.standardised(features[kind])))
+        column = {kind: np.where(mask[:, None], np.zeros(len(LEARNT)), np.nan) for kind, mask in there.items()}
+        if count["normal"]:
+            scale = Scale.fit(normal[:second])
+            fitted = scale.standardised(normal[:second])
+            told = {kind: scale.standardised(features[kind]) for kind in there if count[kind]}
+            for number, name in enumerate(LEARNT):
+                if step in learnt[name]:
+                    scorer = learnt[name][step]
+                    tail = Tail(np.sort(scorer.score(fitted)), SIGNALS[name].tail)
+                    for kind, z in told.items():
+                        column[kind][there[kind], number] = tail.oddness(scorer.score(z))
         for kind, values in column.items():
             own[kind].append(values)
     return {kind: np.concatenate((odd, np.stack(own[kind], axis=1)), axis=2) for kind, odd in sample.beside.items()}
